@@ -1,0 +1,12 @@
+// What lets one header of scalar math serve g++, clang and nvcc.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define GENREC_HD __host__ __device__ __forceinline__
+#else
+// Internal linkage on purpose: these headers are compiled once an instruction
+// set, and the linker must not fold the AVX-512 copy into the baseline one.
+#define GENREC_HD __attribute__((always_inline)) inline
+#endif

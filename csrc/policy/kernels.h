@@ -1,0 +1,118 @@
+// What policy.cpp hands to the policy kernels: plain pointers and numbers.
+// Torch-free, and the same for the CPU and the CUDA library.
+//
+// Shapes: N sequences, T tokens a sequence, V columns.  `S` below is float,
+// or double where the logits are double.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "policy/objective.h"
+
+namespace genrec::policy {
+
+// The columns a row's policy is normalised over.  At most one of the two forms
+// is given; none means all V columns.
+struct Support {
+  const int64_t* ranges = nullptr;   // [T, 2], columns [start, end) of each level
+  const int32_t* columns = nullptr;  // [M], the lists that begin and end point into
+  const int64_t* begin = nullptr;    // [N, T]
+  const int64_t* end = nullptr;      // [N, T]
+};
+
+struct Scores {
+  DType dtype = DType::f32;
+  const void* logits = nullptr;  // [N, T, V], unit stride along V
+  int64_t N = 0, T = 0, V = 0;
+  int64_t stride_n = 0, stride_t = 0;  // in elements
+  const int64_t* tokens = nullptr;     // [N, T]
+  const bool* mask = nullptr;          // [N, T] or null: all true
+  Support support;
+  double inv_temperature = 1;
+};
+
+// A token outside its row's support scores this, and moves no logit.
+inline constexpr double kOutsideLogp = -100;
+
+struct TokenLogpsArgs {
+  Scores in;
+  void* logps = nullptr;    // S [N, T]
+  void* entropy = nullptr;  // S [N, T], nats
+  void* norm = nullptr;     // S [N, T, 2]: the row's maximum (scaled) and log of its sum
+};
+
+struct TokenLogpsBackwardArgs {
+  Scores in;
+  const void* norm = nullptr;          // S [N, T, 2]
+  const void* entropy = nullptr;       // S [N, T]
+  const void* grad_logps = nullptr;    // S [N, T]
+  const void* grad_entropy = nullptr;  // S [N, T]
+  void* grad_logits = nullptr;         // like logits, contiguous
+};
+
+inline constexpr int kStats = 6;  // ratio, coefficient, capped share, entropy, p, divergence
+
+struct SequenceArgs {
+  int64_t N = 0, T = 0;
+  const bool* mask = nullptr;       // [N, T] or null
+  const void* old_logps = nullptr;  // S [N, T]
+  const void* ref_logps = nullptr;  // S [N, T] or null
+  const void* advantages = nullptr; // S [N]
+  const void* entropy = nullptr;    // S [N] or null: 1
+  const void* boost = nullptr;      // S [N] or null: 1
+  ObjectiveConfig objective;
+  double scale = 1;           // the reduction's factor: 1, 1 / N or 1 / normalizer
+  void* losses = nullptr;     // S [N], already scaled
+  void* stats = nullptr;      // S [N, kStats]
+};
+
+struct SageLossArgs {
+  Scores in;
+  SequenceArgs sequence;
+  void* grad_logits = nullptr;  // null: no gradient wanted; may be the logits themselves
+  int64_t grad_stride_n = 0, grad_stride_t = 0;
+};
+
+struct SageFromLogpsArgs {
+  DType dtype = DType::f32;     // f32 or f64
+  SequenceArgs sequence;
+  const void* logps = nullptr;  // S [N, T]
+  void* grad_logps = nullptr;   // S [N, T]
+};
+
+struct ScaleArgs {
+  DType dtype = DType::f32;
+  int64_t N = 0, inner = 0;     // grad is N rows of `inner` elements
+  const void* grad = nullptr;   // contiguous
+  const void* factor = nullptr; // S [N], or S [1] where `shared`
+  bool shared = false;
+  void* out = nullptr;
+};
+
+struct AdvantagesArgs {
+  DType dtype = DType::f32;      // f32 or f64
+  int64_t B = 0, G = 0, M = 0;
+  const void* rewards = nullptr; // S [B, G, M], NaN: the objective does not apply
+  const void* weights = nullptr; // S [M]
+  bool unbiased = false;         // divide squares by n - 1 instead of n
+  double clamp = 0;              // 0: none
+  void* advantages = nullptr;    // S [B, G]
+};
+
+// A group's standard deviation below this counts as no spread at all.
+inline constexpr double kNoSpread = 1e-6;
+// Added to each standard deviation before it divides.
+inline constexpr double kSpreadFloor = 1e-4;
+
+// One instruction set's kernels.  Each works on the sequences [first, last).
+struct CpuKernels {
+  void (*token_logps)(const TokenLogpsArgs&, int64_t first, int64_t last);
+  void (*token_logps_backward)(const TokenLogpsBackwardArgs&, int64_t first, int64_t last);
+  void (*sage_loss)(const SageLossArgs&, int64_t first, int64_t last);
+  void (*sage_loss_from_logps)(const SageFromLogpsArgs&, int64_t first, int64_t last);
+  void (*scale)(const ScaleArgs&, int64_t first, int64_t last);
+  void (*advantages)(const AdvantagesArgs&);  // whole: its statistics span the batch
+};
+
+}  // namespace genrec::policy

@@ -1,0 +1,463 @@
+// The torch side of the policy family: what a caller can get wrong, what is
+// allocated, and which kernel runs.
+#include "policy/kernels.h"
+
+#include <atomic>
+#include <cmath>
+#include <string>
+
+#include "common/isa.h"
+#include "common/torch_stable.h"
+
+namespace genrec {
+
+namespace baseline { extern const policy::CpuKernels policy_kernels; }
+#if defined(GENREC_X86)
+namespace avx2 { extern const policy::CpuKernels policy_kernels; }
+namespace avx512 { extern const policy::CpuKernels policy_kernels; }
+#endif
+
+namespace policy {
+namespace {
+
+const CpuKernels& kernels() {
+#if defined(GENREC_X86)
+  switch (active_isa()) {
+    case Isa::avx512: return avx512::policy_kernels;
+    case Isa::avx2: return avx2::policy_kernels;
+    default: break;
+  }
+#endif
+  return baseline::policy_kernels;
+}
+
+// A thread is worth waking for about this many logits.
+constexpr int64_t kGrain = 16384;
+
+template <class Args>
+void over_sequences(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t N,
+                    int64_t work) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, N, grain,
+                              [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  require(false, name, " must be float32, float64, bfloat16 or float16, got ",
+          torch::headeronly::toString(t.scalar_type()));
+  return DType::f32;
+}
+
+ScalarType accumulate_type(DType t) {
+  return t == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Small inputs are made contiguous; logits only where a row is not.
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*t);
+}
+
+// Logits, tokens, mask and support of a call: checked, and held while kernels run.
+struct Rows {
+  Tensor logits, tokens;
+  std::optional<Tensor> mask, ranges, columns, begin, end;
+  Scores scores;
+};
+
+void check_tokens(const Rows& rows, bool validate);
+
+Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& mask,
+               const std::optional<Tensor>& ranges, const std::optional<Tensor>& columns,
+               const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
+               double temperature, bool validate, bool inplace) {
+  const DType dtype = dtype_of(logits, "logits");
+  require(logits.dim() == 3, "logits must have shape [N, T, V], got ", shape_text(logits));
+  const int64_t N = logits.size(0), T = logits.size(1), V = logits.size(2);
+  require(V > 0, "logits must have at least one column, got shape ", shape_text(logits));
+  require(std::isfinite(temperature) && temperature > 0,
+          "temperature must be a positive number, got ", temperature);
+  require_tensor(tokens, "tokens", ScalarType::Long, {N, T}, logits);
+  if (mask) require_tensor(*mask, "mask", ScalarType::Bool, {N, T}, logits);
+  require(!(ranges && columns), "ranges and columns exclude each other: give one support");
+  if (ranges) require_tensor(*ranges, "ranges", ScalarType::Long, {T, 2}, logits);
+  require(columns.has_value() == begin.has_value() && begin.has_value() == end.has_value(),
+          "columns, column_begin and column_end must be given together");
+  if (columns) {
+    require_tensor(*columns, "columns", ScalarType::Int, {columns->numel()}, logits);
+    require_tensor(*begin, "column_begin", ScalarType::Long, {N, T}, logits);
+    require_tensor(*end, "column_end", ScalarType::Long, {N, T}, logits);
+  }
+  const bool unit = V == 1 || logits.stride(2) == 1;
+  require(!inplace || unit, "logits must have unit stride along V for a gradient in place");
+  Rows rows{unit ? logits : torch::stable::contiguous(logits),
+            torch::stable::contiguous(tokens),
+            contiguous(mask),
+            contiguous(ranges),
+            contiguous(columns),
+            contiguous(begin),
+            contiguous(end),
+            {}};
+  Scores& s = rows.scores;
+  s.dtype = dtype;
+  s.logits = rows.logits.const_data_ptr();
+  s.N = N, s.T = T, s.V = V;
+  s.stride_n = rows.logits.stride(0), s.stride_t = rows.logits.stride(1);
+  s.tokens = rows.tokens.const_data_ptr<int64_t>();
+  s.mask = data_or_null<bool>(rows.mask);
+  s.support.ranges = data_or_null<int64_t>(rows.ranges);
+  s.support.columns = data_or_null<int32_t>(rows.columns);
+  s.support.begin = data_or_null<int64_t>(rows.begin);
+  s.support.end = data_or_null<int64_t>(rows.end);
+  s.inv_temperature = 1 / temperature;
+  check_tokens(rows, validate);
+  return rows;
+}
+
+// Every index that a kernel will follow, before it runs.
+void check_tokens(const Rows& rows, bool validate) {
+  const Scores& s = rows.scores;
+  const Support& u = s.support;
+  if (u.ranges != nullptr)
+    for (int64_t t = 0; t < s.T; ++t) {
+      const int64_t start = u.ranges[2 * t], end = u.ranges[2 * t + 1];
+      require(0 <= start && start <= end && end <= s.V, "ranges[", t, "] must satisfy 0 <= start",
+              " <= end <= V = ", s.V, ", got [", start, ", ", end, ")");
+    }
+  const int64_t M = rows.columns ? rows.columns->numel() : 0;
+  for (int64_t r = 0; r < s.N * s.T; ++r) {
+    if (s.mask != nullptr && !s.mask[r]) continue;
+    const int64_t token = s.tokens[r];
+    require<std::out_of_range>(0 <= token && token < s.V, "tokens[", r / s.T, ", ", r % s.T,
+                               "] must lie in [0, V = ", s.V, "), got ", token);
+    bool held = true;
+    if (u.ranges != nullptr)
+      held = u.ranges[2 * (r % s.T)] <= token && token < u.ranges[2 * (r % s.T) + 1];
+    if (u.columns != nullptr) {
+      require<std::out_of_range>(0 <= u.begin[r] && u.begin[r] <= u.end[r] && u.end[r] <= M,
+                                 "column_begin and column_end at [", r / s.T, ", ", r % s.T,
+                                 "] must satisfy 0 <= begin <= end <= ", M, ", got ", u.begin[r],
+                                 " and ", u.end[r]);
+      held = false;
+      int64_t before = -1;
+      for (int64_t i = u.begin[r]; i < u.end[r]; ++i) {
+        require<std::out_of_range>(before < u.columns[i] && u.columns[i] < s.V, "columns[", i,
+                                   "] must ascend within [0, V = ", s.V, "), got ", u.columns[i],
+                                   " after ", before);
+        before = u.columns[i];
+        held = held || before == token;
+      }
+    }
+    require(held || !validate, "tokens[", r / s.T, ", ", r % s.T, "] = ", token,
+            " is outside its support");
+  }
+}
+
+// How many columns a sequence reads: what parallel grain is made of.
+int64_t work_of(const Scores& s) { return s.T * s.V; }
+
+template <class Enum>
+Enum one_of(const std::string& value, const char* name,
+            std::initializer_list<std::pair<const char*, Enum>> choices) {
+  std::string accepted;
+  for (const auto& [text, result] : choices) {
+    if (value == text) return result;
+    accepted += std::string(accepted.empty() ? "" : ", ") + '"' + text + '"';
+  }
+  require(false, name, " must be one of ", accepted, ", got \"", value, "\"");
+  return choices.begin()->second;
+}
+
+void require_at_least_zero(double x, const char* name) {
+  require(x >= 0, name, " must be at least 0, got ", x);  // +inf is a bound that never binds
+}
+
+ObjectiveConfig make_objective(const std::string& objective, double eps_pos, double eps_boost,
+                               double eps_neg, double entropy_penalty, bool bounded,
+                               const std::string& boost_mode, double kl_weight,
+                               const std::string& kl, std::optional<double> clip_low,
+                               std::optional<double> clip_high, double early_clip, bool has_ref) {
+  ObjectiveConfig k;
+  k.objective = one_of<Objective>(objective, "objective",
+                                  {{"sage", Objective::sage},
+                                   {"gbpo", Objective::gbpo},
+                                   {"gspo", Objective::gspo},
+                                   {"grpo", Objective::grpo},
+                                   {"ecpo", Objective::ecpo}});
+  const Divergence divergence = one_of<Divergence>(kl, "kl",
+                                                   {{"reverse", Divergence::reverse},
+                                                    {"forward", Divergence::forward},
+                                                    {"js", Divergence::js}});
+  k.boost_multiplies = one_of<bool>(boost_mode, "boost_mode", {{"cap", false}, {"multiplier", true}});
+  require_at_least_zero(eps_pos, "eps_pos");
+  require_at_least_zero(eps_boost, "eps_boost");
+  require_at_least_zero(eps_neg, "eps_neg");
+  require_at_least_zero(entropy_penalty, "entropy_penalty");
+  require_at_least_zero(kl_weight, "kl_weight");
+  require_at_least_zero(early_clip, "early_clip");
+  require(kl_weight == 0 || has_ref, "kl_weight is ", kl_weight, " but ref_logps is not given");
+  // GSPO's published bounds are far narrower: its ratio is a geometric mean.
+  const bool gspo = k.objective == Objective::gspo;
+  k.clip_low = clip_low.value_or(gspo ? 3e-4 : 0.2);
+  k.clip_high = clip_high.value_or(gspo ? 4e-4 : 0.2);
+  require_at_least_zero(k.clip_low, "clip_low");
+  require_at_least_zero(k.clip_high, "clip_high");
+  k.divergence = kl_weight > 0 ? divergence : Divergence::none;
+  k.eps_pos = eps_pos, k.eps_boost = eps_boost, k.eps_neg = eps_neg;
+  k.entropy_penalty = entropy_penalty, k.bounded = bounded;
+  k.early_clip = early_clip, k.kl_weight = kl_weight;
+  return k;
+}
+
+// The per-sequence inputs of a loss: checked, and held while kernels run.
+struct Sequences {
+  Tensor old_logps, advantages;
+  std::optional<Tensor> mask, entropy, boost, ref_logps;
+  Tensor losses, stats;
+  SequenceArgs args;
+};
+
+Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
+                         const Tensor& old_logps, const Tensor& advantages,
+                         const std::optional<Tensor>& mask, const std::optional<Tensor>& entropy,
+                         const std::optional<Tensor>& boost,
+                         const std::optional<Tensor>& ref_logps, const ObjectiveConfig& objective,
+                         double scale) {
+  require_tensor(old_logps, "old_logps", S, {N, T}, like);
+  require_tensor(advantages, "advantages", S, {N}, like);
+  if (mask) require_tensor(*mask, "mask", ScalarType::Bool, {N, T}, like);
+  if (entropy) require_tensor(*entropy, "entropy", S, {N}, like);
+  if (boost) require_tensor(*boost, "boost", S, {N}, like);
+  if (ref_logps) require_tensor(*ref_logps, "ref_logps", S, {N, T}, like);
+  Sequences q{torch::stable::contiguous(old_logps),
+              torch::stable::contiguous(advantages),
+              contiguous(mask),
+              contiguous(entropy),
+              contiguous(boost),
+              contiguous(ref_logps),
+              torch::stable::new_empty(like, {N}, S),
+              torch::stable::new_empty(like, {N, kStats}, S),
+              {}};
+  SequenceArgs& a = q.args;
+  a.N = N, a.T = T;
+  a.mask = data_or_null<bool>(q.mask);
+  a.old_logps = q.old_logps.const_data_ptr();
+  a.advantages = q.advantages.const_data_ptr();
+  a.entropy = q.entropy ? q.entropy->const_data_ptr() : nullptr;
+  a.boost = q.boost ? q.boost->const_data_ptr() : nullptr;
+  a.ref_logps = q.ref_logps ? q.ref_logps->const_data_ptr() : nullptr;
+  a.objective = objective;
+  a.scale = scale;
+  a.losses = q.losses.mutable_data_ptr();
+  a.stats = q.stats.mutable_data_ptr();
+  return q;
+}
+
+// Adds in the order of the sequences, in double: the same bits for any number of threads.
+template <class S>
+void add_up(const Tensor& losses, const Tensor& total) {
+  double sum = 0;
+  for (int64_t n = 0; n < losses.numel(); ++n) sum += losses.const_data_ptr<S>()[n];
+  *total.mutable_data_ptr<S>() = static_cast<S>(sum);
+}
+
+Tensor reduced(const Sequences& q, bool reduce) {
+  if (!reduce) return q.losses;
+  Tensor total = torch::stable::new_empty(q.losses, {});
+  if (q.losses.scalar_type() == ScalarType::Double) add_up<double>(q.losses, total);
+  else add_up<float>(q.losses, total);
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
+    const Tensor& logits, const Tensor& tokens, std::optional<Tensor> mask,
+    std::optional<Tensor> ranges, std::optional<Tensor> columns, std::optional<Tensor> begin,
+    std::optional<Tensor> end, double temperature, bool validate) {
+  const Rows rows = make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature,
+                              validate, false);
+  const int64_t N = rows.scores.N, T = rows.scores.T;
+  const ScalarType S = accumulate_type(rows.scores.dtype);
+  Tensor logps = torch::stable::new_empty(logits, {N, T}, S);
+  Tensor entropy = torch::stable::new_empty(logits, {N, T}, S);
+  Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
+  const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
+                            norm.mutable_data_ptr()};
+  over_sequences(kernels().token_logps, args, N, work_of(rows.scores));
+  return {logps, entropy, norm};
+}
+
+Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy,
+                            const Tensor& logits, const Tensor& tokens, const Tensor& norm,
+                            const Tensor& entropy, std::optional<Tensor> mask,
+                            std::optional<Tensor> ranges, std::optional<Tensor> columns,
+                            std::optional<Tensor> begin, std::optional<Tensor> end,
+                            double temperature) {
+  const Rows rows =
+      make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, false, false);
+  const int64_t N = rows.scores.N, T = rows.scores.T, V = rows.scores.V;
+  const ScalarType S = accumulate_type(rows.scores.dtype);
+  require_tensor(grad_logps, "grad_logps", S, {N, T}, logits);
+  require_tensor(grad_entropy, "grad_entropy", S, {N, T}, logits);
+  require_tensor(norm, "norm", S, {N, T, 2}, logits);
+  require_tensor(entropy, "entropy", S, {N, T}, logits);
+  const Tensor by_logps = torch::stable::contiguous(grad_logps);
+  const Tensor by_entropy = torch::stable::contiguous(grad_entropy);
+  const Tensor held_norm = torch::stable::contiguous(norm);
+  const Tensor held_entropy = torch::stable::contiguous(entropy);
+  Tensor grad = torch::stable::new_empty(logits, {N, T, V});
+  const TokenLogpsBackwardArgs args{rows.scores,
+                                    held_norm.const_data_ptr(),
+                                    held_entropy.const_data_ptr(),
+                                    by_logps.const_data_ptr(),
+                                    by_entropy.const_data_ptr(),
+                                    grad.mutable_data_ptr()};
+  over_sequences(kernels().token_logps_backward, args, N, work_of(rows.scores));
+  return grad;
+}
+
+// Both forms of the fused loss.  `grad_into` is null, the logits, or a new tensor.
+std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q,
+                                         const Tensor* grad_into, bool reduce) {
+  SageLossArgs args{rows.scores, q.args, nullptr, 0, 0};
+  if (grad_into != nullptr) {
+    args.grad_logits = grad_into->mutable_data_ptr();
+    args.grad_stride_n = grad_into->stride(0);
+    args.grad_stride_t = grad_into->stride(1);
+  }
+  over_sequences(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores));
+  return {reduced(q, reduce), q.stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
+    const Tensor& logits, const Tensor& tokens, const Tensor& old_logps, const Tensor& advantages,
+    std::optional<Tensor> mask, std::optional<Tensor> entropy, std::optional<Tensor> boost,
+    std::optional<Tensor> ref_logps, std::optional<Tensor> ranges, std::optional<Tensor> columns,
+    std::optional<Tensor> begin, std::optional<Tensor> end, std::string objective, double eps_pos,
+    double eps_boost, double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode,
+    double kl_weight, std::string kl, std::optional<double> clip_low,
+    std::optional<double> clip_high, double early_clip, double temperature, double scale,
+    bool reduce, bool validate, bool with_grad) {
+  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
+                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
+                                           early_clip, ref_logps.has_value());
+  const Rows rows = make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature,
+                              validate, false);
+  const Scores& s = rows.scores;
+  const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
+                                     advantages, mask, entropy, boost, ref_logps, k, scale);
+  const Tensor grad = with_grad ? torch::stable::new_empty(logits, {s.N, s.T, s.V})
+                                : torch::stable::new_empty(logits, {0});
+  auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, reduce);
+  return {loss, stats, grad};
+}
+
+std::tuple<Tensor, Tensor> sage_loss_forward_(
+    const Tensor& logits, const Tensor& tokens, const Tensor& old_logps, const Tensor& advantages,
+    std::optional<Tensor> mask, std::optional<Tensor> entropy, std::optional<Tensor> boost,
+    std::optional<Tensor> ref_logps, std::optional<Tensor> ranges, std::optional<Tensor> columns,
+    std::optional<Tensor> begin, std::optional<Tensor> end, std::string objective, double eps_pos,
+    double eps_boost, double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode,
+    double kl_weight, std::string kl, std::optional<double> clip_low,
+    std::optional<double> clip_high, double early_clip, double temperature, double scale,
+    bool reduce, bool validate) {
+  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
+                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
+                                           early_clip, ref_logps.has_value());
+  const Rows rows =
+      make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, validate, true);
+  const Scores& s = rows.scores;
+  const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
+                                     advantages, mask, entropy, boost, ref_logps, k, scale);
+  return run_sage_loss(rows, q, &logits, reduce);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(
+    const Tensor& logps, const Tensor& old_logps, const Tensor& advantages,
+    std::optional<Tensor> mask, std::optional<Tensor> entropy, std::optional<Tensor> boost,
+    std::optional<Tensor> ref_logps, std::string objective, double eps_pos, double eps_boost,
+    double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode, double kl_weight,
+    std::string kl, std::optional<double> clip_low, std::optional<double> clip_high,
+    double early_clip, double scale, bool reduce) {
+  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
+                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
+                                           early_clip, ref_logps.has_value());
+  const ScalarType S = logps.scalar_type();
+  require(S == ScalarType::Float || S == ScalarType::Double,
+          "logps must be float32 or float64, got ", torch::headeronly::toString(S));
+  require(logps.dim() == 2, "logps must have shape [N, T], got ", shape_text(logps));
+  const int64_t N = logps.size(0), T = logps.size(1);
+  const Sequences q = make_sequences(logps, N, T, S, old_logps, advantages, mask, entropy, boost,
+                                     ref_logps, k, scale);
+  const Tensor held = torch::stable::contiguous(logps);
+  Tensor grad = torch::stable::new_empty(logps, {N, T});
+  const SageFromLogpsArgs args{S == ScalarType::Double ? DType::f64 : DType::f32, q.args,
+                               held.const_data_ptr(), grad.mutable_data_ptr()};
+  over_sequences(kernels().sage_loss_from_logps, args, N, T);
+  return {reduced(q, reduce), q.stats, grad};
+}
+
+// The saved gradient times the incoming one, by sequence where that has N values.
+Tensor sage_loss_backward(const Tensor& grad_output, const Tensor& grad) {
+  const DType dtype = dtype_of(grad, "grad");
+  require(grad.dim() >= 1, "grad must have at least one dimension");
+  const int64_t N = grad.size(0);
+  const bool shared = grad_output.dim() == 0;
+  if (shared) require_tensor(grad_output, "grad_output", accumulate_type(dtype), {}, grad);
+  else require_tensor(grad_output, "grad_output", accumulate_type(dtype), {N}, grad);
+  const Tensor factor = torch::stable::contiguous(grad_output);
+  const Tensor held = torch::stable::contiguous(grad);
+  Tensor out = torch::stable::empty_like(held);
+  ScaleArgs args{dtype, N, N > 0 ? grad.numel() / N : 0, held.const_data_ptr(),
+                 factor.const_data_ptr(), shared, out.mutable_data_ptr()};
+  over_sequences(kernels().scale, args, N, args.inner);
+  return out;
+}
+
+template <class S>
+void require_no_infinity(const Tensor& rewards) {
+  const S* x = rewards.const_data_ptr<S>();
+  for (int64_t i = 0; i < rewards.numel(); ++i)
+    require(!std::isinf(x[i]), "rewards must be finite, or NaN where an objective does not apply,",
+            " got ", x[i], " at flat index ", i);
+}
+
+Tensor decoupled_advantages(const Tensor& rewards, const Tensor& weights,
+                            std::optional<double> clamp, bool unbiased) {
+  const ScalarType S = rewards.scalar_type();
+  require(S == ScalarType::Float || S == ScalarType::Double,
+          "rewards must be float32 or float64, got ", torch::headeronly::toString(S));
+  require(rewards.dim() == 3, "rewards must have shape [B, G, M], got ", shape_text(rewards));
+  require_tensor(weights, "weights", S, {rewards.size(2)}, rewards);
+  require(!clamp.has_value() || *clamp > 0, "clamp must be positive, got ", clamp.value_or(0));
+  const Tensor held = torch::stable::contiguous(rewards);
+  const Tensor held_weights = torch::stable::contiguous(weights);
+  const bool wide = S == ScalarType::Double;
+  wide ? require_no_infinity<double>(held) : require_no_infinity<float>(held);
+  Tensor out = torch::stable::new_empty(rewards, {rewards.size(0), rewards.size(1)});
+  kernels().advantages({wide ? DType::f64 : DType::f32, rewards.size(0), rewards.size(1),
+                        rewards.size(2), held.const_data_ptr(), held_weights.const_data_ptr(),
+                        unbiased, clamp.value_or(0), out.mutable_data_ptr()});
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
+  m.impl("token_logps_forward", TORCH_BOX(&token_logps_forward));
+  m.impl("token_logps_backward", TORCH_BOX(&token_logps_backward));
+  m.impl("sage_loss_forward", TORCH_BOX(&sage_loss_forward));
+  m.impl("sage_loss_forward_", TORCH_BOX(&sage_loss_forward_));
+  m.impl("sage_loss_backward", TORCH_BOX(&sage_loss_backward));
+  m.impl("sage_loss_from_logps_forward", TORCH_BOX(&sage_loss_from_logps_forward));
+  m.impl("decoupled_advantages", TORCH_BOX(&decoupled_advantages));
+}
+
+}  // namespace policy
+}  // namespace genrec

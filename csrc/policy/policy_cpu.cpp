@@ -1,0 +1,335 @@
+// CPU kernels of the policy family.  Compiled once an instruction set, each
+// time into its own namespace; torch-free.
+//
+// Every call reads a sequence's logits from memory once: its T rows are
+// normalised, the sequence's scalar mathematics is done, and the gradient is
+// written while the rows are still in cache.  No table of log-probabilities and
+// no mask of vocabulary width exists.
+#include "common/row.h"
+#include "policy/kernels.h"
+
+namespace genrec::GENREC_ISA {
+namespace {
+
+using namespace genrec::policy;
+
+template <class S>
+S at_or(const void* p, int64_t i, S fallback) {
+  return p == nullptr ? fallback : static_cast<const S*>(p)[i];
+}
+
+bool counts(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
+
+// The supported columns of row (n, t), and where a range of them begins.
+template <class T>
+RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
+  const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
+  const Support& s = in.support;
+  first = 0;
+  if (s.columns != nullptr) {
+    const int64_t r = n * in.T + t;
+    return {x, s.columns + s.begin[r], s.end[r] - s.begin[r]};
+  }
+  if (s.ranges != nullptr) {
+    first = s.ranges[2 * t];
+    return {x + first, nullptr, s.ranges[2 * t + 1] - first};
+  }
+  return {x, nullptr, in.V};
+}
+
+// Whether the row's support holds this column.  Lists are ascending.
+template <class T>
+bool holds(const RowView<T>& row, int64_t first, int64_t column) {
+  if (row.columns == nullptr) return column >= first && column < first + row.n;
+  int64_t low = 0, high = row.n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (row.columns[middle] < column) low = middle + 1;
+    else high = middle;
+  }
+  return low < row.n && row.columns[low] == column;
+}
+
+// The gradient of one row, its token's own column included.
+template <class T>
+void write_grad(const Scores& in, int64_t n, int64_t t, const Normalizer<acc_t<T>>& z,
+                RowSlopes<acc_t<T>> slope, T* g) {
+  using S = acc_t<T>;
+  int64_t first;
+  const RowView<T> row = supported<T>(in, n, t, first);
+  const int64_t token = in.tokens[n * in.T + t];
+  const bool counted = counts(in.mask, n * in.T + t);
+  const bool held = counted && holds(row, first, token);
+  if (!held) slope.logp = 0;
+  if (!counted) slope.entropy = 0;
+  const S inv = static_cast<S>(in.inv_temperature);
+  S own = 0;
+  if (held) {
+    const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
+    own = grad_token(log_softmax<S>(to_float(x[token]), z, inv), z, slope);
+  }
+  if (slope.logp == 0 && slope.entropy == 0)  // also where the row is not a number
+    std::memset(static_cast<void*>(g), 0, sizeof(T) * static_cast<size_t>(in.V));
+  else
+    grad_row(row, first, in.V, g, z, inv, slope);
+  if (held && !(slope.logp == 0 && slope.entropy == 0)) from_float(g + token, own);
+}
+
+template <class T>
+void token_logps(const TokenLogpsArgs& a, int64_t first_n, int64_t last_n) {
+  using S = acc_t<T>;
+  const Scores& in = a.in;
+  const S inv = static_cast<S>(in.inv_temperature);
+  for (int64_t n = first_n; n < last_n; ++n)
+    for (int64_t t = 0; t < in.T; ++t) {
+      const int64_t r = n * in.T + t, token = in.tokens[r];
+      S* norm = static_cast<S*>(a.norm) + 2 * r;
+      if (!counts(in.mask, r)) {
+        static_cast<S*>(a.logps)[r] = static_cast<S*>(a.entropy)[r] = norm[0] = norm[1] = 0;
+        continue;
+      }
+      int64_t first;
+      const RowView<T> row = supported<T>(in, n, t, first);
+      const Normalizer<S> z = normalize(row, inv);
+      const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
+      static_cast<S*>(a.logps)[r] = holds(row, first, token)
+                                        ? log_softmax<S>(to_float(x[token]), z, inv)
+                                        : static_cast<S>(kOutsideLogp);
+      static_cast<S*>(a.entropy)[r] = z.entropy;
+      norm[0] = z.top;
+      norm[1] = z.log_sum;
+    }
+}
+
+template <class T>
+void token_logps_backward(const TokenLogpsBackwardArgs& a, int64_t first_n, int64_t last_n) {
+  using S = acc_t<T>;
+  const Scores& in = a.in;
+  const S inv = static_cast<S>(in.inv_temperature);
+  for (int64_t r = first_n * in.T; r < last_n * in.T; ++r) {
+    const S* norm = static_cast<const S*>(a.norm) + 2 * r;
+    const Normalizer<S> z{norm[0], norm[1], static_cast<const S*>(a.entropy)[r]};
+    const RowSlopes<S> slope{static_cast<const S*>(a.grad_logps)[r] * inv,
+                             static_cast<const S*>(a.grad_entropy)[r] * inv};
+    write_grad<T>(in, r / in.T, r % in.T, z, slope, static_cast<T*>(a.grad_logits) + r * in.V);
+  }
+}
+
+// The sequence part of every objective: from a sequence's log-probabilities
+// (any callable of t) to its loss, its statistics and, through `slope`, the
+// derivative of the scaled loss by each log-probability.
+template <class S, class Logp, class Slope>
+void sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy, const Logp& logp,
+                   const Slope& slope) {
+  const S* old = static_cast<const S*>(a.old_logps) + n * a.T;
+  const S* ref = a.ref_logps ? static_cast<const S*>(a.ref_logps) + n * a.T : nullptr;
+  const ObjectiveConfig& k = a.objective;
+  const S advantage = static_cast<const S*>(a.advantages)[n];
+  double sum_new = 0, sum_old = 0;
+  int64_t count = 0;
+  for (int64_t t = 0; t < a.T; ++t) {
+    if (!counts(a.mask, n * a.T + t)) continue;
+    sum_new += logp(t);
+    sum_old += old[t];
+    ++count;
+  }
+  const double length = count > 0 ? static_cast<double>(count) : 1;
+  const S l = static_cast<S>(sum_new / length), o = static_cast<S>(sum_old / length);
+  const bool by_token = k.objective == Objective::grpo;
+  Term<S> whole{};
+  if (!by_token)
+    whole = sequence_term<S>(l, o, advantage, at_or<S>(a.entropy, n, S(1)),
+                             at_or<S>(a.boost, n, S(1)), k);
+  if (l == -INFINITY) whole.slope = 0;
+  double value = by_token ? 0 : whole.value, kl = 0, coefficient = 0, capped = 0;
+  for (int64_t t = 0; t < a.T; ++t) {
+    if (!counts(a.mask, n * a.T + t)) {
+      slope(t, S(0));
+      continue;
+    }
+    S s = whole.slope;
+    if (by_token) {
+      const Term<S> token = clipped_term(importance_ratio<S>(logp(t), old[t]), advantage, k);
+      s = logp(t) == -INFINITY ? S(0) : token.slope;
+      value += token.value / length;
+      coefficient += token.coefficient / length;
+      capped += (token.coefficient < token.ratio) / length;
+    }
+    if (k.divergence != Divergence::none) {
+      const Divergent<S> d = divergence<S>(k.divergence, ref[t], logp(t));
+      kl += d.value / length;
+      s += static_cast<S>(k.kl_weight) * d.slope;
+    }
+    slope(t, static_cast<S>(s * (a.scale / length)));
+  }
+  if (!by_token) {
+    coefficient = whole.coefficient;
+    capped = whole.coefficient < whole.ratio;
+  }
+  if (k.divergence != Divergence::none) value += k.kl_weight * kl;
+  static_cast<S*>(a.losses)[n] = static_cast<S>(value * a.scale);
+  S* stats = static_cast<S*>(a.stats) + n * kStats;
+  stats[0] = importance_ratio<S>(l, o);
+  stats[1] = static_cast<S>(coefficient);
+  stats[2] = static_cast<S>(capped);
+  stats[3] = mean_entropy;
+  stats[4] = std::exp(l);
+  stats[5] = static_cast<S>(kl);
+}
+
+template <class T>
+void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
+  using S = acc_t<T>;
+  const Scores& in = a.in;
+  const S inv = static_cast<S>(in.inv_temperature);
+  // One sequence's rows: normaliser, log-probability and slope.
+  struct Row {
+    Normalizer<S> z;
+    S logp, slope;
+  };
+  Row* rows = static_cast<Row*>(std::malloc(sizeof(Row) * static_cast<size_t>(in.T)));
+  for (int64_t n = first_n; n < last_n; ++n) {
+    S entropy = 0;
+    int64_t count = 0;
+    for (int64_t t = 0; t < in.T; ++t) {
+      if (!counts(in.mask, n * in.T + t)) continue;
+      int64_t first;
+      const RowView<T> row = supported<T>(in, n, t, first);
+      const int64_t token = in.tokens[n * in.T + t];
+      const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
+      rows[t].z = normalize(row, inv);
+      rows[t].logp = holds(row, first, token)
+                         ? log_softmax<S>(to_float(x[token]), rows[t].z, inv)
+                         : static_cast<S>(kOutsideLogp);
+      entropy += rows[t].z.entropy;
+      ++count;
+    }
+    sequence_loss<S>(a.sequence, n, count > 0 ? entropy / count : S(0),
+                     [&](int64_t t) { return rows[t].logp; },
+                     [&](int64_t t, S slope) { rows[t].slope = slope; });
+    if (a.grad_logits == nullptr) continue;
+    for (int64_t t = 0; t < in.T; ++t) {
+      T* g = static_cast<T*>(a.grad_logits) + n * a.grad_stride_n + t * a.grad_stride_t;
+      write_grad<T>(in, n, t, rows[t].z, {rows[t].slope * inv, S(0)}, g);
+    }
+  }
+  std::free(rows);
+}
+
+template <class S>
+void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t last_n) {
+  const int64_t T = a.sequence.T;
+  for (int64_t n = first_n; n < last_n; ++n) {
+    const S* logps = static_cast<const S*>(a.logps) + n * T;
+    S* grad = static_cast<S*>(a.grad_logps) + n * T;
+    sequence_loss<S>(a.sequence, n, S(NAN), [&](int64_t t) { return logps[t]; },
+                     [&](int64_t t, S slope) { grad[t] = slope; });
+  }
+}
+
+template <class T>
+void scale(const ScaleArgs& a, int64_t first, int64_t last) {
+  using S = acc_t<T>;
+  S in[kBlock], out[kBlock];
+  for (int64_t n = first; n < last; ++n) {
+    const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
+    const T* x = static_cast<const T*>(a.grad) + n * a.inner;
+    T* y = static_cast<T*>(a.out) + n * a.inner;
+    for (int64_t at = 0; at < a.inner; at += kBlock) {
+      const int64_t size = a.inner - at < kBlock ? a.inner - at : kBlock;
+      const S* block = as_floats(x + at, size, in);
+      S* target = float_target(y + at, out);
+      for (int64_t i = 0; i < size; ++i) target[i] = block[i] * factor;
+      put_floats(y + at, target, size);
+    }
+  }
+}
+
+// Mean and standard deviation of the values at i = 0 .. n - 1 that `value`
+// gives, NaN left out.  Two passes: one pass loses the digits that matter.
+struct Spread {
+  double mean, deviation;
+};
+template <class Value>
+Spread spread(int64_t n, bool unbiased, const Value& value) {
+  double sum = 0, squares = 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (const double x = value(i); x == x) sum += x, ++count;
+  if (count == 0) return {0, 0};
+  const double mean = sum / count;
+  for (int64_t i = 0; i < n; ++i)
+    if (const double x = value(i); x == x) squares += (x - mean) * (x - mean);
+  const int64_t divisor = unbiased ? count - 1 : count;
+  return {mean, divisor > 0 ? std::sqrt(squares / divisor) : 0};
+}
+
+template <class S>
+void advantages(const AdvantagesArgs& a) {
+  const S* rewards = static_cast<const S*>(a.rewards);
+  const S* weights = static_cast<const S*>(a.weights);
+  S* out = static_cast<S*>(a.advantages);
+  const int64_t N = a.B * a.G;
+  for (int64_t n = 0; n < N; ++n) out[n] = 0;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t m = 0; m < a.M; ++m) {
+      const S* column = rewards + b * a.G * a.M + m;
+      const Spread group =
+          spread(a.G, a.unbiased, [&](int64_t g) -> double { return column[g * a.M]; });
+      if (!(group.deviation >= kNoSpread)) continue;
+      for (int64_t g = 0; g < a.G; ++g)
+        if (const S x = column[g * a.M]; x == x)
+          out[b * a.G + g] += static_cast<S>(
+              weights[m] * ((x - group.mean) / (group.deviation + kSpreadFloor)));
+    }
+  const Spread batch = spread(N, a.unbiased, [&](int64_t n) -> double { return out[n]; });
+  for (int64_t n = 0; n < N; ++n) {
+    bool applies = false;  // a row that no objective applies to gets exactly 0
+    for (int64_t m = 0; m < a.M; ++m) applies = applies || rewards[n * a.M + m] == rewards[n * a.M + m];
+    const S x = static_cast<S>((out[n] - batch.mean) / (batch.deviation + kSpreadFloor));
+    const S limit = static_cast<S>(a.clamp);
+    out[n] = !applies ? S(0) : limit > 0 ? clamp_keep_nan(x, -limit, limit) : x;
+  }
+}
+
+// Calls f<T>() for the element type that `type` names.
+template <class F>
+void by_dtype(DType type, const F& f) {
+  switch (type) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::f64: return f.template operator()<double>();
+    case DType::bf16: return f.template operator()<bf16_t>();
+    case DType::f16: return f.template operator()<f16_t>();
+  }
+}
+
+void token_logps_any(const TokenLogpsArgs& a, int64_t first, int64_t last) {
+  by_dtype(a.in.dtype, [&]<class T>() { token_logps<T>(a, first, last); });
+}
+void token_logps_backward_any(const TokenLogpsBackwardArgs& a, int64_t first, int64_t last) {
+  by_dtype(a.in.dtype, [&]<class T>() { token_logps_backward<T>(a, first, last); });
+}
+void sage_loss_any(const SageLossArgs& a, int64_t first, int64_t last) {
+  by_dtype(a.in.dtype, [&]<class T>() { sage_loss<T>(a, first, last); });
+}
+void sage_loss_from_logps_any(const SageFromLogpsArgs& a, int64_t first, int64_t last) {
+  if (a.dtype == DType::f64) return sage_loss_from_logps<double>(a, first, last);
+  sage_loss_from_logps<float>(a, first, last);
+}
+
+void scale_any(const ScaleArgs& a, int64_t first, int64_t last) {
+  by_dtype(a.dtype, [&]<class T>() { scale<T>(a, first, last); });
+}
+void advantages_any(const AdvantagesArgs& a) {
+  if (a.dtype == DType::f64) return advantages<double>(a);
+  advantages<float>(a);
+}
+
+}  // namespace
+
+// Declared in policy.cpp for each instruction set that was built.
+extern const policy::CpuKernels policy_kernels;
+const policy::CpuKernels policy_kernels{token_logps_any, token_logps_backward_any, sage_loss_any,
+                                        sage_loss_from_logps_any, scale_any, advantages_any};
+
+}  // namespace genrec::GENREC_ISA

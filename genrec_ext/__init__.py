@@ -1,0 +1,31 @@
+"""Fused PyTorch operators for generative recommendation.
+
+The public names.  Importing this package registers ``torch.ops.genrec.*``.
+"""
+
+from ._version import __version__
+from .decode import BeamResult, beam_search
+from .ops import (
+    SageConfig,
+    SageStats,
+    decoupled_advantages,
+    sage_loss,
+    sage_loss_from_logps,
+    token_logps,
+    trie_beam_step,
+)
+from .trie import Trie
+
+__all__ = [
+    "BeamResult",
+    "SageConfig",
+    "SageStats",
+    "Trie",
+    "__version__",
+    "beam_search",
+    "decoupled_advantages",
+    "sage_loss",
+    "sage_loss_from_logps",
+    "token_logps",
+    "trie_beam_step",
+]

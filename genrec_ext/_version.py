@@ -1,0 +1,3 @@
+"""The package version, read by setup.py and by genrec_ext."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,25 @@
+"""The operators: one module a family, each with documentation, Meta and autograd.
+
+Importing this package loads the libraries that register ``torch.ops.genrec``.
+"""
+
+from .. import _load  # noqa: F401  (registers the schemas that the modules below complete)
+from .policy import (
+    SageConfig,
+    SageStats,
+    decoupled_advantages,
+    sage_loss,
+    sage_loss_from_logps,
+    token_logps,
+)
+from .trie import trie_beam_step
+
+__all__ = [
+    "SageConfig",
+    "SageStats",
+    "decoupled_advantages",
+    "sage_loss",
+    "sage_loss_from_logps",
+    "token_logps",
+    "trie_beam_step",
+]

@@ -1,0 +1,656 @@
+"""The policy family: scoring tokens, and sequence-level policy objectives over them.
+
+Completes the schemas of ``csrc/schema.cpp``: documented functions, Meta, autograd, and the bodies
+of the operators that users call.  The kernels are in ``csrc/policy``.
+
+What the papers say and what is ours
+    SAGE (arXiv 2601.21452): the geometric-mean importance ratio ``r = exp(l - o)``; a boost factor
+    that raises the upper bound of positive sequences; a stronger negative update where the list's
+    entropy is low; decoupled advantages.  Its exact expressions are not public to us, so these are
+    **ours**: ``B+ = 1 + eps_pos + eps_boost * boost``, ``k = 1 + entropy_penalty * (1 - entropy)``,
+    ``B- = eps_neg + k``, and ``boost_mode="multiplier"``.
+    GBPO (arXiv 2508.20900): negatives divide by ``max(pi_old, 1 - pi)``, hence ``c <= k p/(1 - p)``
+    with ``bounded``; over whole sequences p is the geometric mean (ours; at T = 1 it is GBPO).
+    GSPO (2507.18071), GRPO (2402.03300) and ECPO (2506.13695) in their papers' clipped forms; ECPO
+    over a sequence by its geometric mean (ours).
+
+Facts worth knowing
+    On-policy (r = 1) the boost cap alone does nothing, since min(1, B+) = 1: it acts on stale rows.
+    The entropy penalty also acts at r = 1, as long as p < 1/2.
+    The gradient of the divergences is that of the expression on the sampled tokens, as in GRPO; it
+    is not the gradient of their expectation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..reference.policy import SageConfig, SageStats
+
+if TYPE_CHECKING:
+    from ..trie import Trie
+
+_DEFAULT = SageConfig()
+# The order of a row of `stats`, as csrc/policy/kernels.h lists it.
+_STATS = ("ratio", "coefficient", "capped", "entropy", "p", "kl")
+
+
+# ---- arguments: what users may leave out or give in another dtype ----
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype)
+
+
+def _support(
+    logits: Tensor,
+    ranges: Tensor | Sequence[Any] | None,
+    trie: Trie | None,
+    nodes: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """The operators' support arguments."""
+    if ranges is not None and trie is not None:
+        raise ValueError("ranges and trie exclude each other: give one support")
+    if (trie is None) != (nodes is None):
+        raise ValueError("trie and nodes must be given together")
+    if ranges is not None:
+        ranges = torch.as_tensor(ranges, dtype=torch.int64, device=logits.device)
+    columns, begin, end = (None, None, None) if trie is None else trie.support(nodes)
+    return {"ranges": ranges, "columns": columns, "column_begin": begin, "column_end": end}
+
+
+def _scale(reduction: str, normalizer: float | None, N: int) -> tuple[float, bool]:
+    """(factor of each sequence's loss, whether to add them up)."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be one of "mean", "sum", "none", got "{reduction}"')
+    if normalizer is not None:
+        if reduction == "none":
+            raise ValueError('normalizer has no meaning with reduction="none"')
+        if not normalizer > 0:
+            raise ValueError(f"normalizer must be positive, got {normalizer}")
+        return 1.0 / normalizer, True
+    return (1.0 / max(N, 1) if reduction == "mean" else 1.0), reduction != "none"
+
+
+def _sequence_inputs(
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    boost: Tensor | None,
+    ref_logps: Tensor | None,
+) -> dict[str, Tensor | None]:
+    return {
+        "mask": None if mask is None else mask.bool(),
+        "entropy": _as(entropy, dtype),
+        "boost": _as(boost, dtype),
+        "ref_logps": _as(ref_logps, dtype),
+    }
+
+
+def _objective(config: SageConfig) -> dict[str, Any]:
+    """A config as the operators' arguments."""
+    fields = dataclasses.asdict(config)
+    del fields["temperature"], fields["reduction"]
+    return fields
+
+
+# ---- token_logps ----
+
+
+def token_logps(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ranges: Tensor | Sequence[Any] | None = None,
+    trie: Trie | None = None,
+    nodes: Tensor | None = None,
+    temperature: float = 1.0,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of each row, in one read of the logits.
+
+    ``logps[n, t] = log_softmax(logits[n, t] / temperature)[tokens[n, t]]``, normalised over the
+    row's support.  No log-softmax tensor is made, forward or backward.
+
+    Args:
+        logits: ``[N, T, V]``, float32, float64, bfloat16 or float16.
+        tokens: ``[N, T]`` integers in ``[0, V)``.
+        mask: ``[N, T]``; positions that are False score 0 with entropy 0, and their tokens are not
+            looked at.  Default: all True.
+        ranges: ``[T, 2]`` integers, the columns ``[start, end)`` that each level is normalised
+            over.
+        trie: a :class:`genrec_ext.Trie`, to normalise over the children of ``nodes``.
+        nodes: ``[N, T]`` integers, the trie node each row stands at (-1: none).
+        temperature: positive; logits are divided by it.
+        validate: raise where a token is outside its support.  Otherwise such a token scores -100
+            and moves no logit.
+
+    Returns:
+        ``(logps, entropy)``, each ``[N, T]``, float32 (float64 for float64 logits); entropy in
+        nats.  Both are differentiable in ``logits``; the gradient is exactly 0 outside the support.
+        A row without any supported column scores -100 with entropy 0.  A row that holds NaN or
+        +inf, or nothing above -inf, gives NaN; -inf beside finite logits is an impossible token.
+
+    Raises:
+        ValueError: a shape, dtype, range or temperature is wrong, or ``validate`` found a token
+            outside its support.
+        IndexError: a token or column index is out of range.
+
+    Source: the log-softmax of any policy-gradient method; the support is ours.
+
+    >>> logps, entropy = token_logps(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))
+    >>> [round(x, 4) for x in logps.flatten().tolist()]
+    [-1.3863, -1.3863]
+    """
+    return torch.ops.genrec.token_logps(
+        logits,
+        tokens,
+        mask=mask,
+        **_support(logits, ranges, trie, nodes),
+        temperature=temperature,
+        validate=validate,
+    )
+
+
+def _token_logps(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ranges: Tensor | None = None,
+    columns: Tensor | None = None,
+    column_begin: Tensor | None = None,
+    column_end: Tensor | None = None,
+    temperature: float = 1.0,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    logps, entropy, _ = torch.ops.genrec.token_logps_forward(
+        logits,
+        tokens.long(),
+        mask=None if mask is None else mask.bool(),
+        ranges=ranges,
+        columns=columns,
+        column_begin=column_begin,
+        column_end=column_end,
+        temperature=temperature,
+        validate=validate,
+    )
+    return logps, entropy
+
+
+def _token_logps_forward_fake(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    N, T, _V = logits.shape
+    empty = torch.empty_like(logits, dtype=_accumulate_dtype(logits))
+    return empty.new_empty((N, T)), empty.new_empty((N, T)), empty.new_empty((N, T, 2))
+
+
+def _token_logps_backward_fake(
+    grad_logps: Tensor, grad_entropy: Tensor, logits: Tensor, *_: Any
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_SUPPORT = ("ranges", "columns", "column_begin", "column_end")
+
+
+def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logits, tokens, mask, *support, temperature, _validate = inputs
+    _, entropy, norm = output
+    ctx.mark_non_differentiable(norm)
+    ctx.temperature, ctx.inputs = temperature, len(inputs)
+    ctx.save_for_backward(logits, tokens, norm, entropy, mask, *support)
+
+
+def _token_logps_grad(
+    ctx: Any, grad_logps: Tensor, grad_entropy: Tensor, _: Any
+) -> tuple[Tensor | None, ...]:
+    logits, tokens, norm, entropy, mask, *support = ctx.saved_tensors
+    grad = torch.ops.genrec.token_logps_backward(
+        grad_logps,
+        grad_entropy,
+        logits,
+        tokens,
+        norm,
+        entropy,
+        mask,
+        *support,
+        temperature=ctx.temperature,
+    )
+    return (grad, *(None,) * (ctx.inputs - 1))
+
+
+# ---- sage_loss ----
+
+
+@overload
+def sage_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    entropy: Tensor | None = ...,
+    boost: Tensor | None = ...,
+    ref_logps: Tensor | None = ...,
+    ranges: Tensor | Sequence[Any] | None = ...,
+    trie: Trie | None = ...,
+    nodes: Tensor | None = ...,
+    config: SageConfig = ...,
+    normalizer: float | None = ...,
+    return_stats: Literal[False] = ...,
+    inplace_grad: bool = ...,
+    validate: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def sage_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    entropy: Tensor | None = ...,
+    boost: Tensor | None = ...,
+    ref_logps: Tensor | None = ...,
+    ranges: Tensor | Sequence[Any] | None = ...,
+    trie: Trie | None = ...,
+    nodes: Tensor | None = ...,
+    config: SageConfig = ...,
+    normalizer: float | None = ...,
+    return_stats: Literal[True],
+    inplace_grad: bool = ...,
+    validate: bool = ...,
+) -> tuple[Tensor, SageStats]: ...
+
+
+def sage_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+    boost: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ranges: Tensor | Sequence[Any] | None = None,
+    trie: Trie | None = None,
+    nodes: Tensor | None = None,
+    config: SageConfig = _DEFAULT,
+    normalizer: float | None = None,
+    return_stats: bool = False,
+    inplace_grad: bool = False,
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, SageStats]:
+    """Sequence-level policy loss straight from the logits, forward and gradient in one pass.
+
+    With ``T_i`` the unmasked tokens of sequence i, ``l = mean logp``, ``o = mean old_logp``,
+    ``r = exp(l - o)`` (``|l - o|`` clamped to 20) and ``p = exp(l)``::
+
+        A >= 0:  c = min(r, B+)                 B+ = 1 + eps_pos + eps_boost * boost
+        A <  0:  c = min(r, B-, k p / (1 - p))  k  = 1 + entropy_penalty * (1 - entropy)
+                                                B- = eps_neg + k
+        loss = -(1/N) sum_i A_i c_i  +  kl_weight * mean_i KL_i
+
+    where c's denominator is constant under the gradient, so ``dL/dlogp[i, t] = -A_i c_i / (N T_i)``.
+    A sequence counts once, whatever its length.
+
+    Args:
+        logits: ``[N, T, V]``, float32, float64, bfloat16 or float16; N = prompts times candidates.
+        tokens: ``[N, T]`` integers in ``[0, V)``; not looked at where ``mask`` is False.
+        old_logps: ``[N, T]``, log-probabilities under the policy that sampled the tokens; score
+            them with the same support as here, or the ratio is biased.
+        advantages: ``[N]``.
+        mask: ``[N, T]``, True where a token counts.  Default: all.
+        entropy: ``[N]`` in [0, 1], normalised list entropy of the row's group.  Default 1: no
+            penalty.
+        boost: ``[N]`` in [0, 1], cold-start potential.  Default 1.
+        ref_logps: ``[N, T]``, the reference policy's; needed where ``config.kl_weight > 0``.
+        ranges, trie, nodes, validate: as in :func:`token_logps`.
+        config: the objective; see :class:`SageConfig`.
+        normalizer: divides the sum of the losses instead of N, for gradient accumulation and for
+            sums over data-parallel ranks.
+        return_stats: also return :class:`SageStats`.
+        inplace_grad: write the gradient over the logits, which are then gone: no second tensor of
+            their size is made.  Only for logits that nothing else needs.
+
+    Returns:
+        The loss, a scalar (``[N]`` for ``reduction="none"``) in float32 (float64 for float64
+        logits), differentiable in ``logits``; with ``return_stats``, ``(loss, stats)``.
+
+    Raises:
+        ValueError: a shape, dtype or setting is wrong.
+        IndexError: a token or column index is out of range.
+
+    Source: SAGE, arXiv 2601.21452, with our expressions where it is silent; the module's docstring
+    draws the line.
+
+    >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+    >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    >>> old_logps, _ = token_logps(logits.detach(), tokens)
+    >>> loss = sage_loss(logits, tokens, old_logps, torch.tensor([1.0, -1.0]))
+    >>> loss.backward()
+    >>> round(loss.item(), 4)  # -(1 * 1 - 1 * p / (1 - p)) / 2 with p = 1 / 8
+    -0.4286
+    """
+    arguments: dict[str, Any] = {
+        **_sequence_inputs(_accumulate_dtype(logits), mask, entropy, boost, ref_logps),
+        **_support(logits, ranges, trie, nodes),
+        **_objective(config),
+        "temperature": config.temperature,
+        "reduction": config.reduction,
+        "normalizer": normalizer,
+        "validate": validate,
+    }
+    if inplace_grad:
+        loss, stats = _sage_loss_inplace(logits, tokens, old_logps, advantages, arguments)
+    else:
+        loss, stats = _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
+    return (loss, _summary(stats, advantages)) if return_stats else loss
+
+
+def _kernel_arguments(logits: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`reduction` and `normalizer` become the kernels' `scale` and `reduce`."""
+    arguments = dict(arguments)
+    if arguments["mask"] is not None:
+        arguments["mask"] = arguments["mask"].bool()
+    dtype = _accumulate_dtype(logits)
+    for name in ("entropy", "boost", "ref_logps"):
+        arguments[name] = _as(arguments[name], dtype)
+    scale, reduce = _scale(
+        arguments.pop("reduction"), arguments.pop("normalizer"), logits.shape[0]
+    )
+    return {**arguments, "scale": scale, "reduce": reduce}
+
+
+def _sage_loss_and_stats(
+    logits: Tensor, tokens: Tensor, old_logps: Tensor, advantages: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulate_dtype(logits)
+    loss, stats, _ = torch.ops.genrec.sage_loss_forward(
+        logits,
+        tokens.long(),
+        _as(old_logps, dtype),
+        _as(advantages, dtype),
+        **_kernel_arguments(logits, arguments),
+        with_grad=torch.is_grad_enabled() and logits.requires_grad,
+    )
+    return loss, stats
+
+
+def _sage_loss(
+    logits: Tensor, tokens: Tensor, old_logps: Tensor, advantages: Tensor, **given: Any
+) -> Tensor:
+    """The body of torch.ops.genrec.sage_loss; the dispatcher leaves defaults out."""
+    arguments = {**_OPERATOR_DEFAULTS, **given}
+    return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)[0]
+
+
+_OPERATOR_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("mask", "entropy", "boost", "ref_logps", *_SUPPORT, "normalizer")),
+    **_objective(_DEFAULT),
+    "temperature": _DEFAULT.temperature,
+    "reduction": _DEFAULT.reduction,
+    "validate": False,
+}
+
+
+class _InplaceGrad(torch.autograd.Function):
+    """The fused loss whose gradient takes the logits' memory."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        loss, stats = torch.ops.genrec.sage_loss_forward_(
+            logits.detach(), tokens, old_logps, advantages, **arguments
+        )
+        ctx.mark_non_differentiable(stats)
+        ctx.grad = logits.detach()
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.grad is None:
+            raise RuntimeError(
+                "sage_loss(inplace_grad=True) holds its only gradient in the logits' memory, so "
+                "its backward runs once; use inplace_grad=False to run it again"
+            )
+        grad, ctx.grad = ctx.grad, None
+        return _times(grad_loss, grad), None, None, None, None
+
+
+def _sage_loss_inplace(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    if not (torch.is_grad_enabled() and logits.requires_grad):  # no gradient: nothing to overwrite
+        return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
+    dtype = _accumulate_dtype(logits)
+    return _InplaceGrad.apply(
+        logits,
+        tokens.long(),
+        _as(old_logps, dtype),
+        _as(advantages, dtype),
+        _kernel_arguments(logits, arguments),
+    )
+
+
+def _times(grad_output: Tensor, grad: Tensor) -> Tensor:
+    """grad scaled by what comes in, without a pass over it where that is the usual 1."""
+    plain = type(grad_output) is Tensor and grad_output.device.type == "cpu"
+    if plain and grad_output.dim() == 0 and grad_output.item() == 1.0:
+        return grad
+    return torch.ops.genrec.sage_loss_backward(grad_output, grad)
+
+
+def _losses_fake(logits: Tensor, reduce: bool) -> tuple[Tensor, Tensor]:
+    N = logits.shape[0]
+    like = torch.empty_like(logits, dtype=_accumulate_dtype(logits))
+    return like.new_empty(() if reduce else (N,)), like.new_empty((N, len(_STATS)))
+
+
+def _sage_loss_forward_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduce, _validate, with_grad = rest[-3:]
+    return (*_losses_fake(logits, reduce), logits.new_empty(logits.shape if with_grad else (0,)))
+
+
+def _sage_loss_forward_inplace_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _losses_fake(logits, rest[-2])
+
+
+def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, stats, grad = output
+    ctx.mark_non_differentiable(stats, grad)
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(grad)
+
+
+def _kept_grad(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (_times(grad_loss, grad), *(None,) * (ctx.inputs - 1))
+
+
+def _summary(stats: Tensor, advantages: Tensor) -> SageStats:
+    column = dict(zip(_STATS, stats.unbind(-1), strict=True))
+    positive = advantages >= 0
+    capped = column["capped"]
+
+    def share(rows: Tensor) -> Tensor:
+        return torch.where(rows, capped, 0).sum() / rows.sum().clamp(min=1)
+
+    return SageStats(
+        column["ratio"].mean(),
+        column["coefficient"].mean(),
+        share(positive),
+        share(~positive),
+        column["entropy"].mean(),
+        column["p"].mean(),
+        column["kl"].mean(),
+    )
+
+
+# ---- sage_loss_from_logps ----
+
+
+def sage_loss_from_logps(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+    boost: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    config: SageConfig = _DEFAULT,
+    normalizer: float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SageStats]:
+    """:func:`sage_loss` from log-probabilities that are already at hand.
+
+    For trainers and fused language-model heads that give out ``logps [N, T]`` (float32 or float64,
+    differentiable) instead of logits.  ``config.temperature`` is of no effect here: it has entered
+    the log-probabilities.  The other arguments, the result and the source are those of
+    :func:`sage_loss`; ``stats.entropy`` is NaN.
+
+    >>> logps = torch.full((2, 3), -2.0, requires_grad=True)
+    >>> loss = sage_loss_from_logps(logps, logps.detach(), torch.tensor([1.0, 1.0]))
+    >>> loss.item()
+    -1.0
+    """
+    arguments: dict[str, Any] = {
+        **_sequence_inputs(_accumulate_dtype(logps), mask, entropy, boost, ref_logps),
+        **_objective(config),
+        "reduction": config.reduction,
+        "normalizer": normalizer,
+    }
+    loss, stats = _from_logps(logps, old_logps, advantages, **arguments)
+    return (loss, _summary(stats, advantages)) if return_stats else loss
+
+
+def _from_logps(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulate_dtype(logps)
+    loss, stats, _ = torch.ops.genrec.sage_loss_from_logps_forward(
+        logps.to(dtype),
+        _as(old_logps, dtype),
+        _as(advantages, dtype),
+        **_kernel_arguments(logps, arguments),
+    )
+    return loss, stats
+
+
+def _sage_loss_from_logps(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, **given: Any
+) -> Tensor:
+    """The body of torch.ops.genrec.sage_loss_from_logps."""
+    skipped = (*_SUPPORT, "temperature", "validate")
+    defaults = {k: v for k, v in _OPERATOR_DEFAULTS.items() if k not in skipped}
+    return _from_logps(logps, old_logps, advantages, **{**defaults, **given})[0]
+
+
+def _sage_loss_from_logps_forward_fake(
+    logps: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_losses_fake(logps, rest[-1]), logps.new_empty(logps.shape))
+
+
+# ---- decoupled_advantages ----
+
+
+def decoupled_advantages(
+    rewards: Tensor, weights: Tensor, *, clamp: float | None = None, unbiased: bool = False
+) -> Tensor:
+    """Advantages from several rewards, each normalised within its group before they are mixed.
+
+    ::
+
+        z[b, g, m] = (R - mean_g R) / (std_g R + 1e-4)     0 where std < 1e-6
+        a          = sum_m weights[m] z[b, g, m]
+        A          = (a - mean a) / (std a + 1e-4)          over the batch
+
+    Args:
+        rewards: ``[B, G, M]`` floating: B prompts, G candidates each, M objectives.  NaN means
+            that an objective does not apply to a row: it is left out of the group's statistics.
+        weights: ``[M]``.
+        clamp: largest magnitude of the result.  Default: none.
+        unbiased: divide squares by n - 1 (as TRL does) instead of n.
+
+    Returns:
+        ``[B, G]`` float32 (float64 for float64 rewards), without gradient.  A row that no
+        objective applies to gets exactly 0.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, or a reward is infinite.
+
+    Source: GDPO, arXiv 2601.05242, which SAGE builds on; NaN and clamp are ours.
+
+    >>> rewards = torch.tensor([[[0.0], [1.0]]])
+    >>> [round(x, 3) for x in decoupled_advantages(rewards, torch.ones(1)).flatten().tolist()]
+    [-1.0, 1.0]
+    """
+    dtype = _accumulate_dtype(rewards)
+    return torch.ops.genrec.decoupled_advantages(
+        rewards.detach().to(dtype),
+        weights.detach().to(device=rewards.device, dtype=dtype),
+        clamp=clamp,
+        unbiased=unbiased,
+    )
+
+
+def _decoupled_advantages_fake(rewards: Tensor, weights: Tensor, **_: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape[:2])
+
+
+# ---- registration ----
+
+_library = torch.library.Library("genrec", "IMPL")
+for _name, _body in {
+    "token_logps": _token_logps,
+    "sage_loss": _sage_loss,
+    "sage_loss_from_logps": _sage_loss_from_logps,
+}.items():
+    _library.impl(_name, _body, "CompositeImplicitAutograd")
+
+for _name, _fake in {
+    "token_logps_forward": _token_logps_forward_fake,
+    "token_logps_backward": _token_logps_backward_fake,
+    "sage_loss_forward": _sage_loss_forward_fake,
+    "sage_loss_forward_": _sage_loss_forward_inplace_fake,
+    "sage_loss_backward": lambda grad_output, grad: torch.empty_like(grad),
+    "sage_loss_from_logps_forward": _sage_loss_from_logps_forward_fake,
+    "decoupled_advantages": _decoupled_advantages_fake,
+}.items():
+    torch.library.register_fake(f"genrec::{_name}", _fake)
+
+torch.library.register_autograd(
+    "genrec::token_logps_forward", _token_logps_grad, setup_context=_token_logps_setup
+)
+torch.library.register_autograd(
+    "genrec::sage_loss_forward", _kept_grad, setup_context=_keep_grad
+)
+torch.library.register_autograd(
+    "genrec::sage_loss_from_logps_forward", _kept_grad, setup_context=_keep_grad
+)

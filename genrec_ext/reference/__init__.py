@@ -1,0 +1,25 @@
+"""Every operator in plain PyTorch, under the same name and with the same arguments.
+
+The definition, the oracle of the tests and the baseline of the benchmarks.  Works in any
+floating dtype and on any device, with autograd through it.  Imports torch alone.
+"""
+
+from .policy import (
+    SageConfig,
+    SageStats,
+    decoupled_advantages,
+    sage_loss,
+    sage_loss_from_logps,
+    token_logps,
+)
+from .trie import trie_beam_step
+
+__all__ = [
+    "SageConfig",
+    "SageStats",
+    "decoupled_advantages",
+    "sage_loss",
+    "sage_loss_from_logps",
+    "token_logps",
+    "trie_beam_step",
+]

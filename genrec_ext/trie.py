@@ -1,0 +1,329 @@
+"""The catalogue as a trie over semantic IDs.
+
+A level is two arrays in breadth-first order: ``first_child`` and ``labels``.  Children of a node
+are contiguous and sorted, so a child's position is its node id and no pointers are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _C
+
+
+class Trie:
+    """Which token sequences are items, and which items they are.
+
+    Build with :meth:`from_items`.  Nodes are numbered within their level; the root is node 0 of
+    level 0, and the nodes of level ``levels`` are the leaves.  Labels are columns of the logits.
+
+    >>> trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    >>> trie.num_items, [trie.num_nodes(level) for level in range(3)]
+    (3, [1, 2, 3])
+    >>> trie.labels(1).tolist()
+    [1, 2, 1]
+    """
+
+    def __init__(
+        self,
+        first_child: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        items: Tensor,
+        first_item: Tensor,
+        level_offsets: Sequence[int] | None,
+        level_sizes: Sequence[int] | None,
+        item_ids: list[Any] | None,
+    ) -> None:
+        self._first_child = list(first_child)
+        self._labels = list(labels)
+        self._items = items
+        self._first_item = first_item
+        self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
+        self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
+        self.item_ids = item_ids
+        # All labels in one list, for supports: a child's place is its node plus the level's start.
+        self._columns = torch.cat(self._labels)
+        starts = np.cumsum([0, *(len(part) for part in self._labels)])
+        self._column_start = [int(x) for x in starts[:-1]]
+
+    @classmethod
+    def from_items(
+        cls,
+        codes: Tensor | np.ndarray | Sequence[Sequence[int]],
+        item_ids: Sequence[Any] | None = None,
+        level_offsets: Sequence[int] | None = None,
+        level_sizes: Sequence[int] | None = None,
+    ) -> Trie:
+        """Builds the trie of a catalogue.
+
+        Args:
+            codes: ``[N, L]`` integers >= 0, a row an item.  Several items may share a path.
+            item_ids: N names, kept as ``trie.item_ids``.
+            level_offsets: L ascending integers; the column of level l's code c is
+                ``level_offsets[l] + c``, and the level's columns run to the next level's offset
+                (the last level's to the end of the logits).  Default: each level owns the whole row
+                and the column is the code.
+            level_sizes: L integers, where a level's columns end earlier than that.
+
+        Raises:
+            ValueError: wrong shapes, negative codes, or a code beyond its level's columns.
+        """
+        if isinstance(codes, Tensor):
+            codes = codes.detach().cpu().numpy()
+        array = np.asarray(codes)
+        if array.ndim != 2 or array.shape[1] == 0:
+            raise ValueError(
+                f"codes must have shape [N, L] with L >= 1, got {list(array.shape)}"
+            )
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"codes must be integers, got {array.dtype}")
+        N, L = array.shape
+        if item_ids is not None and len(item_ids) != N:
+            raise ValueError(f"item_ids must name {N} items, got {len(item_ids)}")
+        for name, values in (("level_offsets", level_offsets), ("level_sizes", level_sizes)):
+            if values is not None and len(values) != L:
+                raise ValueError(f"{name} must have {L} entries, one a level, got {len(values)}")
+        offsets = [0] * L if level_offsets is None else [int(x) for x in level_offsets]
+        if level_offsets is not None:
+            if offsets[0] < 0 or any(a > b for a, b in zip(offsets, offsets[1:])):
+                raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
+        for level in range(L):
+            size = None
+            if level_offsets is not None and level + 1 < L:
+                size = offsets[level + 1] - offsets[level]
+            if level_sizes is not None:
+                size = min(int(level_sizes[level]), size or int(level_sizes[level]))
+            if size is not None and N and int(array[:, level].max()) >= size:
+                item = int(array[:, level].argmax())
+                raise ValueError(
+                    f"codes[{item}, {level}] = {int(array[item, level])} does not fit the level's "
+                    f"{size} columns"
+                )
+        order, first_child, level_codes, first_item = _C.build_trie(
+            np.ascontiguousarray(array, dtype=np.int64)
+        )
+        labels = [
+            torch.from_numpy(np.asarray(part)) + offset
+            for part, offset in zip(level_codes, offsets, strict=True)
+        ]
+        return cls(
+            [torch.from_numpy(np.asarray(part)) for part in first_child],
+            labels,
+            torch.from_numpy(np.asarray(order)),
+            torch.from_numpy(np.asarray(first_item)),
+            level_offsets,
+            level_sizes,
+            None if item_ids is None else list(item_ids),
+        )
+
+    @property
+    def levels(self) -> int:
+        """Tokens an item."""
+        return len(self._labels)
+
+    @property
+    def num_items(self) -> int:
+        return len(self._items)
+
+    @property
+    def device(self) -> torch.device:
+        return self._items.device
+
+    def num_nodes(self, level: int) -> int:
+        """Nodes of a level; 1 for level 0, the leaves for ``levels``."""
+        return 1 if level == 0 else len(self._labels[level - 1])
+
+    def first_child(self, level: int) -> Tensor:
+        """``[num_nodes(level) + 1]`` int32: node i's children are ``first_child[i]`` up to (not
+        including) ``first_child[i + 1]``, as nodes of level + 1."""
+        return self._first_child[self._checked(level)]
+
+    def labels(self, level: int) -> Tensor:
+        """``[num_nodes(level + 1)]`` int32: the column that leads to each node of level + 1."""
+        return self._labels[self._checked(level)]
+
+    def _checked(self, level: int) -> int:
+        if not 0 <= level < self.levels:
+            raise ValueError(f"level must lie in [0, {self.levels}), got {level}")
+        return level
+
+    def level_columns(self, level: int, V: int) -> tuple[int, int]:
+        """The columns ``[begin, end)`` that belong to a level, of logits with V columns."""
+        self._checked(level)
+        begin = 0 if self.level_offsets is None else self.level_offsets[level]
+        end = V
+        if self.level_offsets is not None and level + 1 < self.levels:
+            end = self.level_offsets[level + 1]
+        if self.level_sizes is not None:
+            end = min(end, begin + self.level_sizes[level])
+        if end > V:
+            raise ValueError(
+                f"level {level} owns columns [{begin}, {end}), but the logits have only {V}"
+            )
+        return begin, end
+
+    def ranges(self, V: int) -> Tensor:
+        """``[L, 2]`` int64, every level's columns: the ``ranges`` of :func:`token_logps`."""
+        rows = [self.level_columns(level, V) for level in range(self.levels)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def support(self, nodes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns below each node, as scoring operators take them.
+
+        Args:
+            nodes: ``[N, T]`` integers, T <= levels; ``nodes[n, t]`` is a node of level t, or -1.
+
+        Returns:
+            ``(columns [M] int32, begin [N, T] int64, end [N, T] int64)``; -1 has no columns.
+        """
+        if nodes is None or nodes.dim() != 2 or nodes.shape[1] > self.levels:
+            shape = None if nodes is None else list(nodes.shape)
+            raise ValueError(f"nodes must have shape [N, T] with T <= {self.levels}, got {shape}")
+        begin, end = [], []
+        for level in range(nodes.shape[1]):
+            at = nodes[:, level].long()
+            bad = (at < -1) | (at >= self.num_nodes(level))
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise IndexError(
+                    f"nodes[{row}, {level}] must lie in [-1, {self.num_nodes(level)}), got "
+                    f"{int(at[row])}"
+                )
+            first = self._first_child[level].long()
+            live, start = at.clamp(min=0), self._column_start[level]
+            dead = at < 0
+            begin.append((first[live] + start).masked_fill(dead, 0))
+            end.append((first[live + 1] + start).masked_fill(dead, 0))
+        if not begin:
+            empty = nodes.long()
+            return self._columns, empty, empty
+        return self._columns, torch.stack(begin, 1), torch.stack(end, 1)
+
+    def nodes_of(self, codes: Tensor) -> Tensor:
+        """The node at which each code is chosen: the ``nodes`` of :func:`token_logps`.
+
+        Args:
+            codes: ``[N, L]`` integers, codes within their levels (no offsets).
+
+        Returns:
+            ``[N, L]`` int64: column 0 is the root; from a code that no item has on, -1.
+        """
+        if codes.dim() != 2 or codes.shape[1] > self.levels:
+            raise ValueError(
+                f"codes must have shape [N, L] with L <= {self.levels}, got {list(codes.shape)}"
+            )
+        nodes = torch.zeros(codes.shape, dtype=torch.int64, device=self.device)
+        at = nodes[:, 0] if codes.shape[1] else nodes.new_zeros(len(codes))
+        for level in range(codes.shape[1]):
+            nodes[:, level] = at
+            at = self.child(level, at, codes[:, level])
+        return nodes
+
+    def child(self, level: int, nodes: Tensor, codes: Tensor) -> Tensor:
+        """The child of each node under a code, ``[N]`` int64; -1 where there is none.
+
+        Args:
+            level: the nodes' level.
+            nodes: ``[N]`` integers, -1 for none.
+            codes: ``[N]`` integers, codes within the level.
+        """
+        first, labels = self.first_child(level).long(), self.labels(level).long()
+        offset = 0 if self.level_offsets is None else self.level_offsets[level]
+        column = codes.long() + offset
+        if not len(labels):
+            return torch.full_like(nodes, -1)
+        # Sorted keys (parent, label) turn the search for all children into one.
+        parents = torch.repeat_interleave(
+            torch.arange(len(first) - 1, device=first.device), first.diff()
+        )
+        stride = max(int(labels.max()), int(column.max()) if len(column) else 0) + 1
+        wanted = nodes.clamp(min=0) * stride + column
+        keys = parents * stride + labels
+        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        found = (nodes >= 0) & (column >= 0) & (keys[place] == wanted)
+        return torch.where(found, place, -1)
+
+    def items_of(self, leaf: int) -> Tensor:
+        """All items at a leaf, ascending, as indices into the codes the trie was built from."""
+        if not 0 <= leaf < self.num_nodes(self.levels):
+            raise IndexError(
+                f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}"
+            )
+        return self._items[int(self._first_item[leaf]) : int(self._first_item[leaf + 1])]
+
+    def first_items(self, leaves: Tensor) -> Tensor:
+        """The first item of each leaf, -1 for -1; same shape as ``leaves``."""
+        if not self.num_items:
+            return torch.full_like(leaves, -1)
+        first = self._items[self._first_item[leaves.clamp(min=0)]]
+        return torch.where(leaves < 0, -1, first)
+
+    def forbidden_nodes(self, items: Tensor) -> list[Tensor]:
+        """Which nodes lead to forbidden items only.
+
+        Args:
+            items: bool ``[num_items]`` or ``[U, num_items]``, True for a forbidden item.
+
+        Returns:
+            For each level l, bool over the nodes of level l + 1, ``[n]`` or ``[U, n]``: the
+            ``forbidden`` of :func:`trie_beam_step`.
+        """
+        if items.dtype != torch.bool or items.dim() not in (1, 2):
+            raise ValueError(f"forbidden must be bool [items] or [U, items], got {items.dtype}")
+        if items.shape[-1] != self.num_items:
+            raise ValueError(
+                f"forbidden must cover {self.num_items} items, got {items.shape[-1]}"
+            )
+        # Leaves in trie order hold runs of items, and nodes hold runs of leaves.
+        counts = items[..., self._items].long().cumsum(-1)
+        counts = torch.nn.functional.pad(counts, (1, 0))
+        bounds = self._first_item
+        result = []
+        for level in reversed(range(self.levels)):
+            blocked = counts[..., bounds[1:]] - counts[..., bounds[:-1]]
+            result.append(blocked == bounds.diff())
+            bounds = bounds[self._first_child[level].long()]
+        return result[::-1]
+
+    def to(self, device: torch.device | str) -> Trie:
+        """The same trie on another device."""
+        return Trie(
+            [part.to(device) for part in self._first_child],
+            [part.to(device) for part in self._labels],
+            self._items.to(device),
+            self._first_item.to(device),
+            self.level_offsets,
+            self.level_sizes,
+            self.item_ids,
+        )
+
+    def memory_bytes(self) -> int:
+        """Bytes of all arrays."""
+        parts = [*self._first_child, *self._labels, self._columns, self._items, self._first_item]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def report(self) -> dict[str, Any]:
+        """Items, nodes and branching by level, and how many items share their path.
+
+        >>> report = Trie.from_items([[0, 1], [0, 1], [3, 1]]).report()
+        >>> report["colliding_items"], report["largest_collision"]
+        (2, 2)
+        """
+        runs = self._first_item.diff()
+        nodes = [self.num_nodes(level) for level in range(self.levels + 1)]
+        return {
+            "items": self.num_items,
+            "levels": self.levels,
+            "nodes": nodes,
+            "branching": [
+                nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)
+            ],
+            "colliding_items": int(runs[runs > 1].sum()),
+            "largest_collision": int(runs.max()) if len(runs) else 0,
+            "bytes": self.memory_bytes(),
+        }
