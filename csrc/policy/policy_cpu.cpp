@@ -222,7 +222,7 @@ void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t l
   for (int64_t n = first_n; n < last_n; ++n) {
     const S* logps = static_cast<const S*>(a.logps) + n * T;
     S* grad = static_cast<S*>(a.grad_logps) + n * T;
-    sequence_loss<S>(a.sequence, n, S(NAN), [&](int64_t t) { return logps[t]; },
+    sequence_loss<S>(a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
                      [&](int64_t t, S slope) { grad[t] = slope; });
   }
 }

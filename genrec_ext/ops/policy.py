@@ -546,7 +546,10 @@ def sage_loss_from_logps(
         "normalizer": normalizer,
     }
     loss, stats = _from_logps(logps, old_logps, advantages, **arguments)
-    return (loss, _summary(stats, advantages)) if return_stats else loss
+    if not return_stats:
+        return loss
+    summary = _summary(stats, advantages)
+    return loss, summary._replace(entropy=torch.full_like(summary.entropy, torch.nan))
 
 
 def _from_logps(

@@ -1,0 +1,654 @@
+"""token_logps, sage_loss and decoupled_advantages against their float64 definitions."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import genrec_ext
+from genrec_ext import SageConfig, Trie, reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OBJECTIVES = ("sage", "gbpo", "gspo", "grpo", "ecpo")
+
+
+def tolerance(dtype, size=1.0):
+    """Bound for a gradient written in `dtype`, computed in f32 over rows of moderate length."""
+    epsilon = {torch.float64: 1e-12, torch.float32: 3e-6}.get(dtype) or torch.finfo(dtype).eps
+    return epsilon * size
+
+
+def batch(N=6, T=4, V=1030, dtype=torch.float32, spread=3.0, seed=0):
+    """Logits, tokens, stale log-probabilities and advantages of a plausible batch."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(N, T, V, generator=g)).to(dtype)
+    tokens = torch.randint(0, V, (N, T), generator=g)
+    logps, _ = reference.token_logps(logits.double(), tokens)
+    old = logps + 0.5 * torch.randn(N, T, generator=g)
+    return logits, tokens, old.float(), torch.randn(N, generator=g)
+
+
+def loss_and_grad(function, logits, *arguments, **settings):
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits, *arguments, **settings)
+    # Unequal weights where there are several losses, so that none can stand in for another.
+    weight = torch.ones_like(loss) + torch.arange(loss.numel()).to(loss).view_as(loss) / 10
+    (grad,) = torch.autograd.grad((loss * weight).sum(), logits)
+    return loss.detach(), grad
+
+
+def assert_matches(logits, *arguments, **settings):
+    """Ours in the logits' dtype against the reference in float64 on the same values."""
+    wide = [a.double() if a.is_floating_point() else a for a in arguments]
+    wider = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in settings.items()
+    }
+    loss, grad = loss_and_grad(genrec_ext.sage_loss, logits, *arguments, **settings)
+    want, want_grad = loss_and_grad(reference.sage_loss, logits.double(), *wide, **wider)
+    assert want_grad.abs().max() > 1e-6, "the reference gradient is about zero: nothing is tested"
+    bound = 1e-11 if logits.dtype == torch.float64 else 2e-5
+    assert (loss - want).abs().max() <= bound * (1 + want.abs().max())
+    bound = tolerance(logits.dtype, float(want_grad.abs().max())) * 4
+    assert (grad.double() - want_grad).abs().max() <= bound
+    assert grad.dtype == logits.dtype
+
+
+# ---- token_logps ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", (2, 3, 15, 16, 17, 255, 1023, 1024, 1025, 5000))
+def test_token_logps_equals_float64_definition(dtype, V):
+    logits, tokens, _, _ = batch(3, 2, V, dtype)
+    got = genrec_ext.token_logps(logits, tokens)
+    want = reference.token_logps(logits.double(), tokens)
+    for ours, theirs in zip(got, want):
+        bound = 1e-12 if dtype == torch.float64 else 4e-6
+        assert (ours - theirs).abs().max() <= bound * (1 + theirs.abs().max())
+    assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_token_logps_large_vocabulary():
+    logits, tokens, _, _ = batch(1, 2, 262_144)
+    got = genrec_ext.token_logps(logits, tokens)
+    want = reference.token_logps(logits.double(), tokens)
+    assert all((a - b).abs().max() < 5e-6 * (1 + b.abs().max()) for a, b in zip(got, want))
+
+
+def test_token_logps_keeps_its_digits_on_large_logits():
+    logits = torch.randn(4, 2, 300) + 30_000
+    tokens = torch.randint(0, 300, (4, 2))
+    got, _ = genrec_ext.token_logps(logits, tokens)
+    want, _ = reference.token_logps(logits.double(), tokens)
+    assert (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("support", ("all", "ranges", "trie"))
+@pytest.mark.parametrize("temperature", (1.0, 0.3))
+def test_token_logps_gradcheck_with_every_support(masked, support, temperature):
+    trie = Trie.from_items([[0, 1], [0, 3], [2, 2]], level_offsets=[0, 4])
+    logits = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[0, 5], [0, 7], [2, 6]])
+    settings = {"temperature": temperature}
+    if masked:
+        settings["mask"] = torch.tensor([[True, True], [True, False], [False, True]])
+    if support == "ranges":
+        settings["ranges"] = [[0, 4], [4, 9]]
+    if support == "trie":
+        settings |= {"trie": trie, "nodes": trie.nodes_of(tokens - torch.tensor([0, 4]))}
+    got = genrec_ext.token_logps(logits, tokens, **settings)
+    want = reference.token_logps(logits, tokens, **settings)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(got, want))
+    assert gradcheck(lambda x: genrec_ext.token_logps(x, tokens, **settings), logits)
+
+
+def test_gradient_is_exactly_zero_outside_the_support():
+    logits = torch.randn(5, 2, 40, requires_grad=True)
+    tokens = torch.stack([torch.randint(3, 11, (5,)), torch.randint(20, 31, (5,))], 1)
+    logps, entropy = genrec_ext.token_logps(logits, tokens, ranges=[[3, 11], [20, 31]])
+    (grad,) = torch.autograd.grad(logps.sum() + entropy.sum(), logits)
+    inside = torch.zeros(2, 40, dtype=torch.bool)
+    inside[0, 3:11] = inside[1, 20:31] = True
+    assert (grad[:, ~inside] == 0).all()
+    assert (grad[:, inside] != 0).any()
+
+
+def test_token_outside_its_support_is_finite_and_moves_nothing():
+    logits = torch.randn(1, 1, 8, requires_grad=True)
+    tokens = torch.tensor([[7]])
+    logps, entropy = genrec_ext.token_logps(logits, tokens, ranges=[[0, 4]])
+    assert logps.item() == -100 and entropy.item() > 0
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    assert (grad == 0).all()
+    with pytest.raises(ValueError, match=r"tokens\[0, 0\] = 7 is outside its support"):
+        genrec_ext.token_logps(logits, tokens, ranges=[[0, 4]], validate=True)
+    empty, nothing = genrec_ext.token_logps(logits, tokens, ranges=[[2, 2]])
+    assert empty.item() == -100 and nothing.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_logps_special_values(dtype):
+    inf, nan = math.inf, math.nan
+    rows = torch.tensor(
+        [[0, -inf, 1, 2], [-inf] * 4, [0, nan, 1, 2], [0, inf, 1, 2], [-inf, 3, -inf, -inf]],
+        dtype=dtype,
+    ).unsqueeze(1)
+    tokens = torch.tensor([[1], [0], [0], [0], [1]])
+    logps, entropy = genrec_ext.token_logps(rows, tokens)
+    want = torch.log_softmax(rows.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert logps.double().equal(want) or torch.allclose(logps.double(), want, equal_nan=True)
+    assert logps[0] == -inf and logps[1:4].isnan().all() and logps[4] == 0
+    assert entropy[0].isfinite() and entropy[1:4].isnan().all() and entropy[4] == 0
+
+
+def test_a_long_row_of_minus_infinity_before_one_finite_logit():
+    logits = torch.full((1, 1, 5000), -math.inf)
+    logits[0, 0, 4999] = 2.0
+    logps, entropy = genrec_ext.token_logps(logits, torch.tensor([[4999]]))
+    assert logps.item() == 0 and entropy.item() == 0
+    logits[0, 0, 10] = math.nan
+    assert genrec_ext.token_logps(logits, torch.tensor([[4999]]))[0].isnan().all()
+
+
+def test_unaligned_strided_and_expanded_rows():
+    base = torch.randn(4, 3, 77)
+    tokens = torch.randint(0, 70, (4, 3))
+    views = (
+        base[:, :, 3:73],
+        base.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 1:71],
+        base.permute(2, 0, 1).contiguous().permute(1, 2, 0)[:, :, :70],
+        base[:1, :, :70].expand(4, 3, 70),
+    )
+    for view in views:
+        got, _ = genrec_ext.token_logps(view, tokens)
+        want, _ = reference.token_logps(view.double(), tokens)
+        assert (got - want).abs().max() < 5e-6
+
+
+def test_empty_batches():
+    for N, T in ((0, 4), (3, 0), (0, 0)):
+        logits = torch.randn(N, T, 5, requires_grad=True)
+        tokens = torch.zeros(N, T, dtype=torch.int64)
+        logps, entropy = genrec_ext.token_logps(logits, tokens)
+        assert logps.shape == entropy.shape == (N, T)
+        loss = genrec_ext.sage_loss(logits, tokens, torch.zeros(N, T), torch.zeros(N))
+        loss.backward()
+        assert loss.item() == 0 and logits.grad.shape == logits.shape
+
+
+def test_same_bits_twice_and_on_any_number_of_threads():
+    logits, tokens, old, advantages = batch(300, 4, 1500)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, threads, 1):
+            torch.set_num_threads(count)
+            results.append(loss_and_grad(genrec_ext.sage_loss, logits, tokens, old, advantages))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert loss.equal(results[0][0]) and grad.equal(results[0][1])
+
+
+# ---- sage_loss ----
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sage_loss_equals_float64_definition(objective, dtype):
+    logits, tokens, old, advantages = batch(dtype=dtype)
+    assert_matches(logits, tokens, old, advantages, config=SageConfig(objective=objective))
+
+
+EVERY_TERM = list(itertools.product((False, True), repeat=4))
+
+
+@pytest.mark.parametrize("ragged, weighted, divergent, supported", EVERY_TERM)
+@pytest.mark.parametrize("objective", ("sage", "grpo"))
+def test_sage_loss_with_every_optional_term(objective, ragged, weighted, divergent, supported):
+    logits, tokens, old, advantages = batch(V=64)
+    settings = {}
+    if supported:
+        tokens = tokens % 16 + 16 * torch.arange(4)
+        settings["ranges"] = [[0, 16], [16, 32], [32, 48], [48, 64]]
+        old = reference.token_logps(logits, tokens, ranges=settings["ranges"])[0] + 0.2
+    if ragged:
+        settings["mask"] = torch.arange(4) < torch.tensor([4, 3, 1, 0, 2, 4]).unsqueeze(1)
+        tokens = torch.where(settings["mask"], tokens, -100)
+        old = torch.where(settings["mask"], old, math.nan)
+    if weighted:
+        settings |= {"entropy": torch.rand(6), "boost": torch.rand(6)}
+    if divergent:
+        settings["ref_logps"] = old + 0.3 * torch.randn(6, 4)
+    for kl in ("reverse", "forward", "js"):
+        config = SageConfig(
+            objective=objective, kl_weight=0.3 * divergent, kl=kl, temperature=0.7, eps_pos=0.1
+        )
+        assert_matches(logits, tokens, old, advantages, config=config, **settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"boost_mode": "multiplier"},
+        {"bounded": False},
+        {"eps_neg": math.inf},
+        {"entropy_penalty": 0.0, "eps_neg": 0.3},
+        {"objective": "gspo", "clip_low": 0.1, "clip_high": 0.3},
+        {"objective": "grpo", "clip_low": 0.05},
+        {"objective": "ecpo", "early_clip": 0.0},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+    ),
+    ids=str,
+)
+def test_sage_loss_with_every_setting(change):
+    logits, tokens, old, advantages = batch(N=16, V=50)
+    rest = {"entropy": torch.rand(16), "boost": torch.rand(16)}
+    assert_matches(logits, tokens, old, advantages, config=SageConfig(**change), **rest)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sage_loss_gradcheck_where_nothing_is_capped(objective):
+    # Inside every bound the loss is -mean(A r), whose numerical derivative is the gradient; caps
+    # are constants under the gradient and cannot be differenced.
+    logits = torch.randn(4, 3, 7, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 7, (4, 3))
+    old = genrec_ext.token_logps(logits.detach(), tokens)[0] + 0.01
+    advantages = torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+    config = SageConfig(
+        objective=objective,
+        eps_pos=1.0,
+        eps_neg=5.0,
+        bounded=False,
+        kl_weight=0.1,
+        clip_low=0.5,
+        clip_high=0.5,
+    )
+    if objective == "gbpo":
+        advantages = advantages.abs()
+
+    def f(x):
+        return genrec_ext.sage_loss(x, tokens, old, advantages, ref_logps=old - 0.2, config=config)
+
+    assert gradcheck(f, logits)
+
+
+def test_from_logps_matches_the_fused_loss():
+    logits, tokens, old, advantages = batch(dtype=torch.float64)
+    logits.requires_grad_()
+    for objective in OBJECTIVES:
+        config = SageConfig(objective=objective)
+        fused, stats = genrec_ext.sage_loss(
+            logits, tokens, old, advantages, config=config, return_stats=True
+        )
+        logps, _ = genrec_ext.token_logps(logits, tokens)
+        loss, other = genrec_ext.sage_loss_from_logps(
+            logps, old, advantages, config=config, return_stats=True
+        )
+        assert torch.allclose(fused, loss, rtol=1e-13)
+        (a,), (b,) = (torch.autograd.grad(x, logits) for x in (fused, loss))
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-15)
+        assert other.entropy.isnan() and torch.allclose(stats.ratio, other.ratio)
+
+
+def test_special_cases_reduce_to_their_named_objectives():
+    logits, tokens, old, advantages = batch(N=32, V=20)
+    rest = {"entropy": torch.rand(32), "boost": torch.rand(32)}
+
+    def run(**changes):
+        config = SageConfig(**changes)
+        return loss_and_grad(
+            genrec_ext.sage_loss, logits, tokens, old, advantages, config=config, **rest
+        )
+
+    sage = run(eps_boost=0.0, entropy_penalty=0.0, eps_neg=math.inf)
+    gbpo = run(objective="gbpo")
+    assert torch.allclose(sage[0], gbpo[0]) and torch.allclose(sage[1], gbpo[1])
+    # Bounds at infinity and no p/(1-p): plain -mean(A r), GSPO without its clip.
+    free = run(bounded=False, eps_pos=math.inf, eps_neg=math.inf)
+    gspo = run(objective="gspo", clip_low=1.0, clip_high=math.inf)
+    assert torch.allclose(free[0], gspo[0], rtol=1e-6) and torch.allclose(free[1], gspo[1])
+
+
+def test_token_gbpo_at_length_one_by_hand():
+    p, old = 0.8, 0.5
+    logits = torch.tensor([[[math.log(p), math.log(1 - p)]]]).expand(2, 1, 2)
+    loss = genrec_ext.sage_loss(
+        logits,
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.full((2, 1), math.log(old)),
+        torch.tensor([1.0, -1.0]),
+        config=SageConfig(objective="gbpo", reduction="none"),
+    )
+    assert torch.allclose(loss, torch.tensor([-p / max(old, p), p / max(old, 1 - p)]))
+
+
+@given(
+    spread=st.sampled_from((0.1, 3.0, 50.0, 1e4)),
+    V=st.integers(2, 40),
+    T=st.integers(1, 8),
+    stale=st.floats(0, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_stability_bounds_hold_on_random_rows(spread, V, T, stale, seed):
+    """sum_t |dL/dz[t, y_t]| <= |A| k p for A < 0, and <= |A| B+ (1 - p) for A >= 0 [SAGE, GBPO]."""
+    logits, tokens, old, advantages = batch(8, T, V, spread=spread, seed=seed)
+    old = old + stale * torch.randn(8, 1)
+    entropy, boost = torch.rand(8), torch.rand(8)
+    config = SageConfig(reduction="sum", eps_pos=0.2)
+    _, grad = loss_and_grad(
+        genrec_ext.sage_loss,
+        logits,
+        tokens,
+        old,
+        advantages,
+        entropy=entropy,
+        boost=boost,
+        config=config,
+    )
+    moved = grad.gather(-1, tokens.unsqueeze(-1)).abs().sum((1, 2)).double()
+    logps, _ = reference.token_logps(logits.double(), tokens)
+    p = logps.mean(-1).exp()
+    k = 1 + config.entropy_penalty * (1 - entropy)
+    upper = 1 + config.eps_pos + config.eps_boost * boost
+    bound = advantages.abs() * torch.where(advantages >= 0, upper * (1 - p), k * p)
+    assert (moved <= bound * (1 + 1e-4) + 1e-6).all()
+    assert grad.isfinite().all()
+
+
+def test_impossible_token_gives_a_finite_loss_and_no_gradient():
+    logits = torch.randn(2, 2, 5)
+    logits[0, 1, 3] = -math.inf
+    tokens = torch.tensor([[0, 3], [1, 2]])
+    old = torch.full((2, 2), -1.5)
+    for objective in OBJECTIVES:
+        config = SageConfig(objective=objective)
+        loss, grad = loss_and_grad(
+            genrec_ext.sage_loss, logits, tokens, old, torch.tensor([1.0, -1.0]), config=config
+        )
+        assert loss.isfinite() and grad.isfinite().all()
+        assert objective != "sage" or (grad[1] != 0).any()
+        if objective != "grpo":
+            assert (grad[0] == 0).all()
+        want, want_grad = loss_and_grad(
+            reference.sage_loss, logits, tokens, old, torch.tensor([1.0, -1.0]), config=config
+        )
+        assert torch.allclose(loss, want)
+        # PyTorch's own log-softmax makes NaN of a zero slope times an infinite logit.
+        assert torch.allclose(grad[1], want_grad[1], atol=1e-6)
+
+
+def test_nan_is_not_hidden():
+    logits, tokens, old, advantages = batch(V=20)
+    logits[2, 1, 5] = math.nan
+    loss, grad = loss_and_grad(
+        genrec_ext.sage_loss,
+        logits,
+        tokens,
+        old,
+        advantages,
+        config=SageConfig(reduction="none"),
+    )
+    assert loss.isnan().tolist() == [False, False, True, False, False, False]
+    assert grad[2].isnan().any() and grad[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("support", ("all", "ranges", "trie"))
+def test_inplace_gradient_equals_the_other(dtype, support):
+    logits, tokens, old, advantages = batch(V=3000, T=2, dtype=dtype)
+    settings = {}
+    if support == "ranges":
+        tokens = tokens % 1400 + torch.tensor([0, 1500])
+        settings["ranges"] = [[0, 1400], [1500, 2950]]
+    if support == "trie":
+        trie = Trie.from_items(tokens)
+        settings |= {"trie": trie, "nodes": trie.nodes_of(tokens)}
+    want, want_grad = loss_and_grad(
+        genrec_ext.sage_loss, logits, tokens, old, advantages, **settings
+    )
+    leaf = logits.clone().requires_grad_()
+    doubled = leaf * 1.0
+    loss = genrec_ext.sage_loss(doubled, tokens, old, advantages, inplace_grad=True, **settings)
+    loss.backward(retain_graph=True)
+    assert loss.equal(want) and leaf.grad.equal(want_grad)
+    assert doubled.data_ptr() != leaf.data_ptr() and doubled.equal(want_grad)
+    with pytest.raises(RuntimeError, match="its backward runs once"):
+        loss.backward()
+
+
+def test_inplace_without_grad_leaves_the_logits_alone():
+    logits, tokens, old, advantages = batch(V=30)
+    before = logits.clone()
+    genrec_ext.sage_loss(logits, tokens, old, advantages, inplace_grad=True)
+    assert logits.equal(before)
+
+
+def test_backward_may_run_twice_and_with_any_factor():
+    logits, tokens, old, advantages = batch(V=30)
+    logits.requires_grad_()
+    loss = genrec_ext.sage_loss(logits, tokens, old, advantages)
+    (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (three,) = torch.autograd.grad(3 * loss, logits, retain_graph=True)
+    loss.backward()
+    assert torch.allclose(3 * one, three) and logits.grad.equal(one)
+
+
+def test_stats_say_what_happened():
+    logits, tokens, old, advantages = batch(N=64, V=20)
+    settings = {"entropy": torch.rand(64), "boost": torch.rand(64), "return_stats": True}
+    for objective in OBJECTIVES:
+        config = SageConfig(objective=objective, kl_weight=0.1)
+        arguments = (logits.double(), tokens, old.double(), advantages.double())
+        _, got = genrec_ext.sage_loss(*arguments, ref_logps=old - 0.1, config=config, **settings)
+        _, want = reference.sage_loss(*arguments, ref_logps=old - 0.1, config=config, **settings)
+        assert all(torch.allclose(a, b.to(a), rtol=1e-9) for a, b in zip(got, want))
+        assert 0 < got.capped_positive < 1 and 0 < got.capped_negative <= 1 and got.kl > 0
+
+
+def test_normalizer_adds_up_over_micro_batches():
+    logits, tokens, old, advantages = batch(N=10, V=20)
+    whole = genrec_ext.sage_loss(logits, tokens, old, advantages)
+    parts = [
+        genrec_ext.sage_loss(logits[s], tokens[s], old[s], advantages[s], normalizer=10)
+        for s in (slice(0, 3), slice(3, 10))
+    ]
+    assert torch.allclose(sum(parts), whole)
+
+
+def test_operator_works_with_all_defaults_and_compiles():
+    logits, tokens, old, advantages = batch(V=20)
+    assert torch.ops.genrec.sage_loss(logits, tokens, old, advantages).equal(
+        genrec_ext.sage_loss(logits, tokens, old, advantages)
+    )
+
+    def step(x):
+        return torch.ops.genrec.sage_loss(x * 2, tokens, old, advantages, objective="gspo")
+
+    a, b = (logits.clone().requires_grad_() for _ in range(2))
+    step(a).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(b).backward()
+    assert torch.allclose(a.grad, b.grad)
+
+
+# ---- decoupled_advantages ----
+
+
+@pytest.mark.parametrize("unbiased", (False, True))
+@given(
+    B=st.integers(1, 5),
+    G=st.integers(1, 6),
+    M=st.integers(1, 4),
+    missing=st.floats(0, 1),
+    offset=st.sampled_from((0.0, 1e4)),
+    seed=st.integers(0, 2**31),
+)
+def test_decoupled_advantages_equals_definition(unbiased, B, G, M, missing, offset, seed):
+    g = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(B, G, M, generator=g, dtype=torch.float64) + offset
+    rewards[torch.rand(B, G, M, generator=g) < missing] = math.nan
+    weights = torch.rand(M, generator=g, dtype=torch.float64)
+    got = genrec_ext.decoupled_advantages(rewards, weights, unbiased=unbiased)
+    want = reference.decoupled_advantages(rewards, weights, unbiased=unbiased)
+    assert got.isfinite().all()
+    assert torch.allclose(got, want, rtol=1e-7, atol=1e-7)
+    assert (got[rewards.isnan().all(-1)] == 0).all()
+
+
+def test_decoupled_advantages_constant_rewards_teach_nothing():
+    rewards = torch.full((4, 8, 2), 123456.789)
+    assert (genrec_ext.decoupled_advantages(rewards, torch.ones(2)) == 0).all()
+    single = genrec_ext.decoupled_advantages(torch.randn(3, 1, 2), torch.ones(2), unbiased=True)
+    assert (single == 0).all()
+
+
+def test_decoupled_advantages_clamp_and_scale_freedom():
+    rewards = torch.randn(5, 8, 2)
+    weights = torch.tensor([1.0, 0.5])
+    plain = genrec_ext.decoupled_advantages(rewards, weights)
+    scaled = genrec_ext.decoupled_advantages(rewards * torch.tensor([1000.0, 1.0]), weights)
+    assert torch.allclose(plain, scaled, atol=1e-3), "one reward's scale must not drown the other"
+    clamped = genrec_ext.decoupled_advantages(rewards, weights, clamp=0.5)
+    assert clamped.abs().max() == 0.5 and clamped.equal(plain.clamp(-0.5, 0.5))
+
+
+# ---- contracts ----
+
+
+def calls():
+    """Every operator once, with gradients where it has them."""
+    ops = torch.ops.genrec
+    logits, tokens, old, advantages = batch(3, 2, 20)
+    logits.requires_grad_()
+    logps = old.clone().requires_grad_()
+    support = {"ranges": torch.tensor([[0, 20], [0, 20]])}
+    settings = {"mask": torch.rand(3, 2) < 0.7, "entropy": torch.rand(3), "boost": torch.rand(3)}
+    trie = Trie.from_items(tokens)
+    names = ("columns", "column_begin", "column_end")
+    listed = dict(zip(names, trie.support(trie.nodes_of(tokens)), strict=True))
+    nones = (None,) * 5
+    objective = ("sage", 0.0, 0.5, 0.0, 1.0, True, "cap", 0.0, "reverse", None, None, 0.1)
+    common = (logits, tokens, old, advantages)
+    norm = torch.rand(3, 2, 2)
+    detached = logits.detach()
+    return {
+        "token_logps": (ops.token_logps, (logits, tokens), support),
+        "token_logps trie": (ops.token_logps, (logits, tokens), listed),
+        "token_logps_forward": (ops.token_logps_forward, (logits, tokens, *nones, 1.0, False), {}),
+        "token_logps_backward": (
+            ops.token_logps_backward,
+            (old, old, detached, tokens, norm, old, *nones, 1.0),
+            {},
+        ),
+        "sage_loss": (ops.sage_loss, common, settings),
+        "sage_loss ranges": (ops.sage_loss, common, support | {"objective": "grpo"}),
+        "sage_loss_forward": (
+            ops.sage_loss_forward,
+            (*common, *nones, *nones[:3], *objective, 1.0, 0.5, True, False, True),
+            {},
+        ),
+        "sage_loss_forward_": (
+            ops.sage_loss_forward_,
+            (detached.clone(), *common[1:], *nones, *nones[:3], *objective, 1.0, 0.5, True, False),
+            {},
+        ),
+        "sage_loss_backward": (ops.sage_loss_backward, (torch.rand(3), detached), {}),
+        "sage_loss_from_logps": (ops.sage_loss_from_logps, (logps, old, advantages), settings),
+        "sage_loss_from_logps_forward": (
+            ops.sage_loss_from_logps_forward,
+            (logps, old, advantages, *nones[:4], *objective, 0.5, False),
+            {},
+        ),
+        "decoupled_advantages": (
+            ops.decoupled_advantages,
+            (torch.randn(2, 3, 4), torch.ones(4)),
+            {"clamp": 2.0},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name):
+    operator, arguments, settings = calls()[name]
+    opcheck(operator.default, arguments, settings)
+
+
+LOGITS, TOKENS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+OLD, ADVANTAGES = torch.zeros(2, 3), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "error, text, arguments, settings",
+    (
+        (ValueError, r"logits must have shape \[N, T, V\], got \[2, 5\]", {0: LOGITS[:, 0]}, {}),
+        (ValueError, "logits must be float32, float64, bfloat16", {0: LOGITS.long()}, {}),
+        (ValueError, "at least one column", {0: LOGITS[:, :, :0]}, {}),
+        (ValueError, r"tokens must have shape \[2, 3\], got \[2, 2\]", {1: TOKENS[:, :2]}, {}),
+        (IndexError, r"tokens\[0, 0\] must lie in \[0, V = 5\), got 5", {1: TOKENS + 5}, {}),
+        (IndexError, "got -1", {1: TOKENS - 1}, {}),
+        (ValueError, r"old_logps must have shape \[2, 3\]", {2: OLD[:1]}, {}),
+        (ValueError, r"advantages must have shape \[2\], got \[2, 3\]", {3: OLD}, {}),
+        (ValueError, r"mask must have shape \[2, 3\]", {}, {"mask": torch.ones(2, 2)}),
+        (ValueError, r"entropy must have shape \[2\]", {}, {"entropy": torch.ones(3)}),
+        (ValueError, r"boost must have shape \[2\]", {}, {"boost": OLD}),
+        (ValueError, r"ranges must have shape \[3, 2\]", {}, {"ranges": [[0, 5]]}),
+        (ValueError, r"ranges\[1\] must satisfy", {}, {"ranges": [[0, 5], [3, 2], [0, 5]]}),
+        (ValueError, r"ranges\[2\].*got \[0, 6\)", {}, {"ranges": [[0, 5], [2, 2], [0, 6]]}),
+        (ValueError, "trie and nodes must be given together", {}, {"nodes": TOKENS}),
+        (ValueError, "temperature must be a positive", {}, {"config": {"temperature": 0.0}}),
+        (ValueError, "temperature must be a positive", {}, {"config": {"temperature": math.nan}}),
+        (ValueError, 'objective must be one of "sage"', {}, {"config": {"objective": "ppo"}}),
+        (ValueError, 'kl must be one of "reverse"', {}, {"config": {"kl": "x"}}),
+        (ValueError, "boost_mode must be one of", {}, {"config": {"boost_mode": "x"}}),
+        (ValueError, "reduction must be one of", {}, {"config": {"reduction": "x"}}),
+        (ValueError, "eps_neg must be at least 0, got -1", {}, {"config": {"eps_neg": -1.0}}),
+        (ValueError, "ref_logps is not given", {}, {"config": {"kl_weight": 0.1}}),
+        (ValueError, "normalizer must be positive", {}, {"normalizer": 0.0}),
+    ),
+)
+@pytest.mark.parametrize("inplace", (False, True))
+def test_errors_name_the_argument(error, text, arguments, settings, inplace):
+    given = [LOGITS, TOKENS, OLD, ADVANTAGES]
+    for index, value in arguments.items():
+        given[index] = value
+    if given[0].is_floating_point():
+        given[0] = given[0].clone().requires_grad_() * 1
+    settings = dict(settings)
+    if "config" in settings:
+        settings["config"] = dataclasses.replace(SageConfig(), **settings["config"])
+    with pytest.raises(error, match=text):
+        genrec_ext.sage_loss(*given, inplace_grad=inplace, **settings)
+
+
+@pytest.mark.parametrize(
+    "text, rewards, weights, settings",
+    (
+        (r"rewards must have shape \[B, G, M\]", torch.zeros(2, 3), torch.ones(3), {}),
+        (r"weights must have shape \[4\]", torch.zeros(2, 3, 4), torch.ones(3), {}),
+        ("clamp must be positive", torch.zeros(2, 3, 4), torch.ones(4), {"clamp": 0.0}),
+        ("rewards must be finite", torch.full((1, 2, 1), math.inf), torch.ones(1), {}),
+    ),
+)
+def test_decoupled_advantages_errors(text, rewards, weights, settings):
+    with pytest.raises(ValueError, match=text):
+        genrec_ext.decoupled_advantages(rewards, weights, **settings)
+
+
+def test_a_support_index_cannot_reach_outside():
+    columns = torch.tensor([0, 1], dtype=torch.int32)
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    call = torch.ops.genrec.token_logps
+    logits, tokens = torch.zeros(1, 1, 3), at
+    with pytest.raises(IndexError, match="column_begin and column_end at"):
+        call(logits, tokens, columns=columns, column_begin=at, column_end=at + 3)
+    with pytest.raises(IndexError, match=r"columns\[1\] must ascend"):
+        call(logits, tokens, columns=columns * 9, column_begin=at, column_end=at + 2)
