@@ -156,11 +156,12 @@ class Trie:
         """The columns ``[begin, end)`` that belong to a level, of logits with V columns."""
         self._checked(level)
         begin = 0 if self.level_offsets is None else self.level_offsets[level]
-        end = V
+        ends = []
         if self.level_offsets is not None and level + 1 < self.levels:
-            end = self.level_offsets[level + 1]
+            ends.append(self.level_offsets[level + 1])
         if self.level_sizes is not None:
-            end = min(end, begin + self.level_sizes[level])
+            ends.append(begin + self.level_sizes[level])
+        end = min(ends, default=V)
         if end > V:
             raise ValueError(
                 f"level {level} owns columns [{begin}, {end}), but the logits have only {V}"

@@ -1,0 +1,378 @@
+"""The trie, one step of constrained beam search, and the whole search against exhaustive ones."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import genrec_ext
+from genrec_ext import Trie, beam_search, reference
+
+
+def random_codes(rng, N, L, K):
+    return [[rng.randrange(K) for _ in range(L)] for _ in range(N)]
+
+
+def as_tree(codes):
+    """The naive trie: nested dictionaries with lists of items at the leaves."""
+    root = {}
+    for item, path in enumerate(codes):
+        node = root
+        for code in path[:-1]:
+            node = node.setdefault(code, {})
+        node.setdefault(path[-1], []).append(item)
+    return root
+
+
+# ---- the trie ----
+
+
+@given(st.integers(0, 2**31), st.integers(0, 40), st.integers(1, 4), st.integers(1, 5))
+def test_trie_equals_nested_dictionaries(seed, N, L, K):
+    codes = random_codes(random.Random(seed), N, L, K)
+    trie = Trie.from_items(np.array(codes, dtype=np.int64).reshape(N, L))
+    level = [as_tree(codes)]
+    for depth in range(L):
+        first_child, labels = trie.first_child(depth), trie.labels(depth)
+        assert first_child.dtype == labels.dtype == torch.int32
+        assert len(first_child) == len(level) + 1 if N else first_child.tolist() == [0, 0]
+        after = []
+        for node, children in enumerate(level):
+            run = labels[first_child[node] : first_child[node + 1]].tolist()
+            assert run == sorted(children)
+            after += [children[code] for code in run]
+        level = after
+    assert [trie.items_of(leaf).tolist() for leaf in range(len(level))] == level
+    report = trie.report()
+    assert report["items"] == N
+    assert report["colliding_items"] == sum(len(items) for items in level if len(items) > 1)
+
+
+def test_codes_of_any_size_sort_right():
+    codes = torch.tensor([[2**31 - 2, 5], [0, 4097], [4096, 0], [0, 4096], [2**31 - 2, 4]])
+    trie = Trie.from_items(codes)
+    assert trie.labels(0).tolist() == [0, 4096, 2**31 - 2]
+    assert trie.labels(1).tolist() == [4096, 4097, 0, 4, 5]
+    assert [int(trie.items_of(leaf)) for leaf in range(5)] == [3, 1, 2, 4, 0]
+
+
+def test_columns_and_offsets():
+    trie = Trie.from_items([[0, 1], [2, 0]], level_offsets=[0, 3], level_sizes=[3, 2])
+    assert trie.labels(1).tolist() == [4, 3]
+    assert trie.level_columns(0, 9) == (0, 3) and trie.level_columns(1, 9) == (3, 5)
+    assert Trie.from_items([[0, 1]], level_offsets=[0, 3]).level_columns(1, 9) == (3, 9)
+    assert Trie.from_items([[0, 1]]).level_columns(1, 9) == (0, 9)
+    assert trie.ranges(9).tolist() == [[0, 3], [3, 5]]
+    with pytest.raises(ValueError, match=r"owns columns \[3, 5\), but the logits have only 4"):
+        trie.level_columns(1, 4)
+
+
+def test_nodes_of_follows_paths_and_stops_at_what_is_no_item():
+    trie = Trie.from_items([[0, 1, 2], [0, 2, 2], [3, 1, 0]], level_offsets=[0, 10, 20])
+    codes = torch.tensor([[0, 2, 2], [3, 1, 0], [3, 2, 0], [1, 1, 2]])
+    assert trie.nodes_of(codes).tolist() == [[0, 0, 1], [0, 1, 2], [0, 1, -1], [0, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "text, arguments",
+    (
+        (r"codes must have shape \[N, L\]", ([1, 2],)),
+        ("codes must be integers, got float", ([[0.5, 1.0]],)),
+        (r"codes\[1, 0\] must lie in \[0, 2\^31 - 1\), got -2", ([[0, 1], [-2, 1]],)),
+        ("item_ids must name 1 items, got 2", ([[0, 1]], ["a", "b"])),
+        ("level_offsets must have 2 entries", ([[0, 1]], None, [0])),
+        ("level_offsets must be ascending", ([[0, 1]], None, [5, 0])),
+        (r"codes\[1, 0\] = 7 does not fit the level's 4", ([[0, 1], [7, 1]], None, [0, 4])),
+        (r"codes\[0, 1\] = 9 does not fit the level's 3", ([[0, 9]], None, [0, 4], [4, 3])),
+    ),
+)
+def test_from_items_errors(text, arguments):
+    with pytest.raises(ValueError, match=text):
+        Trie.from_items(*arguments)
+
+
+def test_trie_errors_name_the_index():
+    trie = Trie.from_items([[0, 1]])
+    with pytest.raises(IndexError, match=r"leaf must lie in \[0, 1\), got 4"):
+        trie.items_of(4)
+    with pytest.raises(ValueError, match=r"level must lie in \[0, 2\), got 2"):
+        trie.labels(2)
+    with pytest.raises(IndexError, match=r"nodes\[0, 1\] must lie in \[-1, 1\), got 3"):
+        trie.support(torch.tensor([[0, 3]]))
+
+
+# ---- one step ----
+
+
+def step_case(seed, users=3, width=4, V=12, L=3, ties=False, dtype=torch.float32):
+    """A trie, its level, live and dead beams, and logits; with `ties` all of equal fractions."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    K = V // L
+    codes = random_codes(rng, rng.randrange(1, 60), L, K)
+    trie = Trie.from_items(codes, level_offsets=[K * level for level in range(L)])
+    level = rng.randrange(L)
+    W = rng.randrange(1, width + 1)
+    nodes = torch.tensor(
+        [[rng.randrange(-1, trie.num_nodes(level)) for _ in range(W)] for _ in range(users)]
+    )
+    logits = torch.randn(users * W, V, generator=g)
+    scores = -torch.rand(users, W, generator=g)
+    if ties:
+        logits = torch.randint(0, 2, logits.shape, generator=g).float().expand_as(logits).clone()
+        logits[:] = logits[0]
+        scores = torch.full_like(scores, -1.0)
+    return trie, level, nodes, logits.to(dtype), scores
+
+
+@pytest.mark.parametrize("ties", (False, True))
+@pytest.mark.parametrize("softmax", ("vocab", "level", "children"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_step_equals_definition(softmax, ties, dtype):
+    compared = 0
+    for seed in range(60):
+        trie, level, nodes, logits, scores = step_case(seed, ties=ties, dtype=dtype)
+        forbidden = torch.rand(3, trie.num_nodes(level + 1)) < 0.2 if seed % 3 == 0 else None
+        for width in (1, 4, 30):
+            rest = (nodes, trie, level, width)
+            settings = {"softmax": softmax, "temperature": 0.8, "forbidden": forbidden}
+            got = genrec_ext.trie_beam_step(logits, scores, *rest, **settings)
+            want = reference.trie_beam_step(logits.double(), scores.double(), *rest, **settings)
+            assert torch.allclose(got[0].double(), want[0], atol=2e-6)
+            for ours, theirs in zip(got[1:], want[1:]):
+                assert ours.equal(theirs)
+            compared += int((want[3] >= 0).sum())
+    assert compared > 500
+
+
+def test_wide_fan_out_keeps_the_exact_best():
+    # More candidates than the pool holds, most of them equal.
+    V = 20_000
+    trie = Trie.from_items(torch.arange(V).unsqueeze(1))
+    logits = torch.zeros(1, V)
+    logits[0, torch.randperm(V)[:7]] = 1.0
+    nodes, scores = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
+    _, _, token, _ = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 10)
+    best = logits[0].nonzero().flatten().tolist()
+    rest = [v for v in range(V) if v not in best][:3]
+    assert token[0].tolist() == best + rest
+
+
+def test_special_values_stay_with_their_rows():
+    trie = Trie.from_items([[0], [1], [2]])
+    logits = torch.zeros(5, 4)
+    logits[0, 1] = math.nan
+    logits[1, 2] = math.inf
+    logits[2] = -math.inf
+    logits[3, 0] = -math.inf
+    logits[3, 3] = math.nan  # no child's column, but the row's normaliser needs it
+    nodes, scores = torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1)
+    got = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 3)
+    for dead in (0, 1, 2, 3):
+        assert got[3][dead].tolist() == [-1] * 3 and (got[0][dead] == -math.inf).all()
+    assert got[2][4].tolist() == [0, 1, 2]
+    children = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 3, softmax="children")
+    assert children[2][3].tolist() == [1, 2, -1]
+
+
+def test_fewer_continuations_than_width_never_repeat():
+    trie = Trie.from_items([[0, 0], [0, 1], [1, 0]])
+    nodes = torch.tensor([[0, -1, 1]])
+    got = genrec_ext.trie_beam_step(torch.zeros(3, 2), torch.zeros(1, 3), nodes, trie, 1, 6)
+    assert got[3].tolist() == [[0, 1, 2, -1, -1, -1]]
+    assert got[1].tolist() == [[0, 0, 2, -1, -1, -1]]
+    assert (got[0][0, 3:] == -math.inf).all()
+
+
+def test_step_errors_name_the_argument():
+    trie = Trie.from_items([[0, 4]])
+    good = {"scores": torch.zeros(1, 1), "nodes": torch.zeros(1, 1, dtype=torch.int64)}
+    cases = (
+        (ValueError, r"logits must have shape \[U \* W, V\]", torch.zeros(3, 5), {}, {}),
+        (ValueError, "logits must be float32, bfloat16", torch.zeros(1, 5).double(), {}, {}),
+        (ValueError, r"scores must have shape \[1, 1\]", torch.zeros(1, 5), {"scores": torch.zeros(2)}, {}),
+        (IndexError, r"nodes\[0, 0\] must lie in \[-1, 1\)", torch.zeros(1, 5), {"nodes": torch.ones(1, 1).long()}, {}),
+        (ValueError, "softmax must be one of", torch.zeros(1, 5), {}, {"softmax": "all"}),
+        (ValueError, "temperature must be a positive", torch.zeros(1, 5), {}, {"temperature": -1.0}),
+        (ValueError, "forbidden must have shape", torch.zeros(1, 5), {}, {"forbidden": torch.zeros(9) > 0}),
+    )
+    for error, text, logits, change, settings in cases:
+        given = {**good, **change}
+        with pytest.raises(error, match=text):
+            genrec_ext.trie_beam_step(logits, given["scores"], given["nodes"], trie, 0, 2, **settings)
+    with pytest.raises(ValueError, match="width must be at least 1"):
+        genrec_ext.trie_beam_step(torch.zeros(1, 5), *good.values(), trie, 0, 0)
+    with pytest.raises(IndexError, match="labels up to 4, but logits have only V = 3"):
+        genrec_ext.trie_beam_step(torch.zeros(1, 3), *good.values(), trie, 1, 2)
+
+
+def test_opcheck_beam_step():
+    trie, level, nodes, logits, scores = step_case(4)
+    arguments = (logits, scores, nodes, trie.first_child(level), trie.labels(level), 3)
+    begin, end = trie.level_columns(level, logits.shape[1])
+    forbidden = torch.rand(3, trie.num_nodes(level + 1)) < 0.3
+    for softmax in ("vocab", "children"):
+        opcheck(
+            torch.ops.genrec.trie_beam_step.default,
+            arguments,
+            {"level_begin": begin, "level_end": end, "softmax": softmax, "forbidden": forbidden},
+        )
+
+
+# ---- the whole search ----
+
+
+class TableModel:
+    """A random model whose logits depend on the user and the whole prefix, exactly reproducible."""
+
+    def __init__(self, users, L, V, seed, values):
+        self.users, self.V, self.seed, self.values = users, V, seed, values
+        self.prefixes = None
+
+    def row(self, user, prefix):
+        g = torch.Generator().manual_seed(hash((self.seed, user, *prefix)) % 2**63)
+        if self.values == "ties":  # a constant row: every sum of log-probabilities ties
+            return torch.full((self.V,), float(torch.randint(0, 3, (1,), generator=g)))
+        return torch.randn(self.V, generator=g)
+
+    def __call__(self, level, parent, token):
+        if level == 0:
+            self.prefixes = [[()] for _ in range(self.users)]
+        else:
+            self.prefixes = [
+                [(*self.prefixes[u][p], t) for p, t in zip(parent[u].tolist(), token[u].tolist())]
+                for u in range(self.users)
+            ]
+        return torch.stack([self.row(u, p) for u in range(self.users) for p in self.prefixes[u]])
+
+
+def exhaustive(model, user, trie_codes, offsets, width, columns):
+    """Level-wise beam search by listing every candidate, in f32 as the model's scores are."""
+    beams = [(np.float32(0), ())]
+    for level in range(len(offsets)):
+        candidates = []
+        for place, (score, prefix) in enumerate(beams):
+            row = model.row(user, prefix)
+            begin, end = columns[level]
+            z = row[begin:end]
+            log_p = (row - z.max()) - (z - z.max()).double().exp().sum().log().float()
+            following = {
+                path[level] + offsets[level]
+                for path in trie_codes
+                if tuple(c + o for c, o in zip(path, offsets))[:level] == prefix
+            }
+            for column in following:
+                total = score + log_p[column].numpy()
+                candidates.append((-float(total), place, column, prefix))
+        candidates.sort(key=lambda c: c[:3])
+        beams = [(np.float32(-c[0]), (*c[3], c[2])) for c in candidates[:width]]
+    return beams
+
+
+@pytest.mark.parametrize("values", ("random", "ties"))
+def test_beam_search_equals_exhaustive_search(values):
+    """1,000 random tries and models in all, half of them full of ties."""
+    for seed in range(500):
+        rng = random.Random(seed)
+        L, K = rng.randrange(1, 4), rng.randrange(1, 5)
+        codes = random_codes(rng, rng.randrange(1, 20), L, K)
+        offsets = [K * level for level in range(L)]
+        softmax = rng.choice(("vocab", "level"))
+        trie = Trie.from_items(codes, level_offsets=offsets)
+        users, width, V = rng.randrange(1, 3), rng.choice((1, 2, 5, 64)), K * L + 1
+        model = TableModel(users, L, V, seed, values)
+        found = beam_search(model, trie, width, users=users, softmax=softmax)
+        columns = [
+            trie.level_columns(level, V) if softmax == "level" else (0, V) for level in range(L)
+        ]
+        for user in range(users):
+            want = exhaustive(model, user, codes, offsets, width, columns)
+            assert found.codes[user, : len(want)].tolist() == [
+                [c - o for c, o in zip(prefix, offsets)] for _, prefix in want
+            ], f"seed {seed}"
+            got = found.scores[user, : len(want)].double()
+            assert torch.allclose(got, torch.tensor([float(s) for s, _ in want]).double(), atol=1e-5)
+            items = [codes.index([c - o for c, o in zip(p, offsets)]) for _, p in want]
+            assert found.items[user, : len(want)].tolist() == items
+            assert (found.items[user, len(want) :] == -1).all()
+            assert (found.scores[user, len(want) :] == -math.inf).all()
+
+
+def test_wide_search_ranks_every_item_by_probability():
+    codes = list(itertools.product(range(3), range(4), range(2)))
+    trie = Trie.from_items(codes, level_offsets=[0, 3, 7])
+    tables = [torch.randn(9) for _ in range(3)]
+    found = beam_search(
+        lambda level, parent, token: tables[level].expand(1 if parent is None else 24, 9),
+        trie,
+        24,
+        users=1,
+        softmax="level",
+    )
+    parts = [torch.log_softmax(tables[i][a:b], 0) for i, (a, b) in enumerate(((0, 3), (3, 7), (7, 9)))]
+    total = torch.stack([sum(parts[i][c] for i, c in enumerate(path)) for path in codes])
+    assert found.items[0].tolist() == total.argsort(descending=True, stable=True).tolist()
+    assert torch.allclose(found.scores[0].exp().sum(), torch.tensor(1.0))
+
+
+def test_forbidden_items_are_never_returned_and_their_subtrees_not_entered():
+    codes = list(itertools.product(range(3), range(3)))
+    trie = Trie.from_items(codes)
+    off = torch.zeros(2, 9, dtype=torch.bool)
+    off[0, :3] = True  # the whole of the best first code
+    off[1, 4] = True
+    table = torch.tensor([5.0, 0.0, 0.0])
+
+    def model(level, parent, token):
+        return table.expand(2 if parent is None else 2 * 4, 3)
+
+    found = beam_search(model, trie, 4, users=2, softmax="children", forbidden=off)
+    assert 4 not in found.items[1].tolist()
+    assert set(found.items[0].tolist()) <= {3, 4, 5, 6, 7, 8} and (found.items >= 0).all()
+    everything = beam_search(model, trie, 4, users=2, forbidden=torch.ones(9, dtype=torch.bool))
+    assert (everything.items == -1).all() and (everything.scores == -math.inf).all()
+
+
+def test_collisions_return_the_first_item_and_all_through_items_of():
+    trie = Trie.from_items([[1], [0], [1], [1]], item_ids=["a", "b", "c", "d"])
+    found = beam_search(lambda *_: torch.tensor([[0.0, 1.0]]), trie, 3, users=1)
+    assert found.items.tolist() == [[0, 1, -1]]
+    assert trie.items_of(int(found.leaves[0, 0])).tolist() == [0, 2, 3]
+
+
+def test_dead_beams_are_handed_valid_arguments():
+    trie = Trie.from_items([[0, 5], [1, 5]], level_offsets=[0, 4])
+    embedding = torch.nn.Embedding(12, 12)
+    seen = []
+
+    def model(level, parent, token):
+        if parent is None:
+            return torch.zeros(1, 12)
+        seen.append((parent.min().item(), token.min().item()))
+        return embedding(token.flatten()).detach()
+
+    beam_search(model, trie, 5, users=1)
+    assert seen == [(0, 0)]
+
+
+def test_search_errors():
+    trie = Trie.from_items([[0]])
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        beam_search(lambda *_: torch.zeros(1, 2), trie, 0, users=1)
+    with pytest.raises(ValueError, match="users must be at least 1"):
+        beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=0)
+    with pytest.raises(ValueError, match=r"step_fn must return logits \[U \* W, V\]"):
+        beam_search(lambda *_: torch.zeros(3, 2), trie, 1, users=1)
+    with pytest.raises(ValueError, match="forbidden must cover 1 items, got 2"):
+        beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=1, forbidden=torch.zeros(2) > 0)
+
+
+def test_empty_catalogue_finds_nothing():
+    trie = Trie.from_items(np.zeros((0, 2), dtype=np.int64))
+    found = beam_search(lambda level, p, t: torch.zeros(1 if p is None else 3, 4), trie, 3, users=1)
+    assert found.items.tolist() == [[-1, -1, -1]]
