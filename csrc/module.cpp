@@ -23,8 +23,8 @@ py::array_t<T> as_array(std::vector<T>&& values) {
 
 py::tuple build_trie(py::array_t<int64_t, py::array::c_style> codes) {
   if (codes.ndim() != 2)
-    throw std::invalid_argument("codes must have shape [N, L], got " + std::to_string(codes.ndim()) +
-                                " dimensions");
+    throw std::invalid_argument("codes must have shape [N, L], got " +
+                                std::to_string(codes.ndim()) + " dimensions");
   const int64_t *data = codes.data(), N = codes.shape(0), L = codes.shape(1);
   genrec::trie::Built built;
   {
@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_trie", &build_trie, py::arg("codes"),
         "codes [N, L] int64 -> (order [N], first_child per level, codes per level, first_item)");
   m.def("build_facts", &build_facts, "What was built: versions, instruction sets, architectures.");
-  m.def("instruction_set", [] { return genrec::isa_name(genrec::active_isa()); },
-        "The instruction set that CPU kernels run on in this process.");
+  m.def(
+      "instruction_set", [] { return genrec::isa_name(genrec::active_isa()); },
+      "The instruction set that CPU kernels run on in this process.");
 }

@@ -12,68 +12,78 @@
 //                                            ascending lists, as a trie keeps them
 #include "common/torch_stable.h"
 
-#define GENREC_SUPPORT                                               \
-  "Tensor? ranges=None, Tensor? columns=None, "                      \
+#define GENREC_SUPPORT                          \
+  "Tensor? ranges=None, Tensor? columns=None, " \
   "Tensor? column_begin=None, Tensor? column_end=None"
-#define GENREC_OBJECTIVE                                             \
-  "str objective=\"sage\", float eps_pos=0.0, float eps_boost=0.5, " \
+#define GENREC_OBJECTIVE                                              \
+  "str objective=\"sage\", float eps_pos=0.0, float eps_boost=0.5, "  \
   "float eps_neg=0.0, float entropy_penalty=1.0, bool bounded=True, " \
   "str boost_mode=\"cap\", float kl_weight=0.0, str kl=\"reverse\", " \
   "float? clip_low=None, float? clip_high=None, float early_clip=0.1"
 // The same without defaults, for kernels: a forgotten argument is an error.
-#define GENREC_OBJECTIVE_ALL                                         \
-  "str objective, float eps_pos, float eps_boost, float eps_neg, "   \
-  "float entropy_penalty, bool bounded, str boost_mode, "            \
+#define GENREC_OBJECTIVE_ALL                                       \
+  "str objective, float eps_pos, float eps_boost, float eps_neg, " \
+  "float entropy_penalty, bool bounded, str boost_mode, "          \
   "float kl_weight, str kl, float? clip_low, float? clip_high, float early_clip"
 
 STABLE_TORCH_LIBRARY(genrec, m) {
   // ---- policy ----
   m.def("token_logps(Tensor logits, Tensor tokens, *, Tensor? mask=None, " GENREC_SUPPORT
         ", float temperature=1.0, bool validate=False) -> (Tensor logps, Tensor entropy)");
-  m.def("token_logps_forward(Tensor logits, Tensor tokens, Tensor? mask, Tensor? ranges, "
-        "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature, "
-        "bool validate) -> (Tensor logps, Tensor entropy, Tensor norm)");
-  m.def("token_logps_backward(Tensor grad_logps, Tensor grad_entropy, Tensor logits, "
-        "Tensor tokens, Tensor norm, Tensor entropy, Tensor? mask, Tensor? ranges, "
-        "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature) "
-        "-> Tensor grad_logits");
-  m.def("sage_loss(Tensor logits, Tensor tokens, Tensor old_logps, Tensor advantages, *, "
-        "Tensor? mask=None, Tensor? entropy=None, Tensor? boost=None, "
-        "Tensor? ref_logps=None, " GENREC_SUPPORT ", " GENREC_OBJECTIVE
-        ", float temperature=1.0, str reduction=\"mean\", float? normalizer=None, "
-        "bool validate=False) -> Tensor");
+  m.def(
+      "token_logps_forward(Tensor logits, Tensor tokens, Tensor? mask, Tensor? ranges, "
+      "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature, "
+      "bool validate) -> (Tensor logps, Tensor entropy, Tensor norm)");
+  m.def(
+      "token_logps_backward(Tensor grad_logps, Tensor grad_entropy, Tensor logits, "
+      "Tensor tokens, Tensor norm, Tensor entropy, Tensor? mask, Tensor? ranges, "
+      "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature) "
+      "-> Tensor grad_logits");
+  m.def(
+      "sage_loss(Tensor logits, Tensor tokens, Tensor old_logps, Tensor advantages, *, "
+      "Tensor? mask=None, Tensor? entropy=None, Tensor? boost=None, "
+      "Tensor? ref_logps=None, " GENREC_SUPPORT ", " GENREC_OBJECTIVE
+      ", float temperature=1.0, str reduction=\"mean\", float? normalizer=None, "
+      "bool validate=False) -> Tensor");
   // loss [] or, unreduced, [N]; stats [N, 6]; grad like logits (empty unless with_grad).
-  m.def("sage_loss_forward(Tensor logits, Tensor tokens, Tensor old_logps, Tensor advantages, "
-        "Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, Tensor? ranges, "
-        "Tensor? columns, Tensor? column_begin, Tensor? column_end, " GENREC_OBJECTIVE_ALL
-        ", float temperature, float scale, bool reduce, bool validate, bool with_grad) "
-        "-> (Tensor loss, Tensor stats, Tensor grad_logits)");
+  m.def(
+      "sage_loss_forward(Tensor logits, Tensor tokens, Tensor old_logps, Tensor advantages, "
+      "Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, Tensor? ranges, "
+      "Tensor? columns, Tensor? column_begin, Tensor? column_end, " GENREC_OBJECTIVE_ALL
+      ", float temperature, float scale, bool reduce, bool validate, bool with_grad) "
+      "-> (Tensor loss, Tensor stats, Tensor grad_logits)");
   // The same, with the gradient written over the logits.
-  m.def("sage_loss_forward_(Tensor(a!) logits, Tensor tokens, Tensor old_logps, "
-        "Tensor advantages, Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, "
-        "Tensor? ranges, Tensor? columns, Tensor? column_begin, "
-        "Tensor? column_end, " GENREC_OBJECTIVE_ALL
-        ", float temperature, float scale, bool reduce, bool validate) "
-        "-> (Tensor loss, Tensor stats)");
+  m.def(
+      "sage_loss_forward_(Tensor(a!) logits, Tensor tokens, Tensor old_logps, "
+      "Tensor advantages, Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, "
+      "Tensor? ranges, Tensor? columns, Tensor? column_begin, "
+      "Tensor? column_end, " GENREC_OBJECTIVE_ALL
+      ", float temperature, float scale, bool reduce, bool validate) "
+      "-> (Tensor loss, Tensor stats)");
   m.def("sage_loss_backward(Tensor grad_output, Tensor grad) -> Tensor");
-  m.def("sage_loss_from_logps(Tensor logps, Tensor old_logps, Tensor advantages, *, "
-        "Tensor? mask=None, Tensor? entropy=None, Tensor? boost=None, "
-        "Tensor? ref_logps=None, " GENREC_OBJECTIVE
-        ", str reduction=\"mean\", float? normalizer=None) -> Tensor");
-  m.def("sage_loss_from_logps_forward(Tensor logps, Tensor old_logps, Tensor advantages, "
-        "Tensor? mask, Tensor? entropy, Tensor? boost, "
-        "Tensor? ref_logps, " GENREC_OBJECTIVE_ALL ", float scale, bool reduce) "
-        "-> (Tensor loss, Tensor stats, Tensor grad_logps)");
+  m.def(
+      "sage_loss_from_logps(Tensor logps, Tensor old_logps, Tensor advantages, *, "
+      "Tensor? mask=None, Tensor? entropy=None, Tensor? boost=None, "
+      "Tensor? ref_logps=None, " GENREC_OBJECTIVE
+      ", str reduction=\"mean\", float? normalizer=None) -> Tensor");
+  m.def(
+      "sage_loss_from_logps_forward(Tensor logps, Tensor old_logps, Tensor advantages, "
+      "Tensor? mask, Tensor? entropy, Tensor? boost, "
+      "Tensor? ref_logps, " GENREC_OBJECTIVE_ALL
+      ", float scale, bool reduce) "
+      "-> (Tensor loss, Tensor stats, Tensor grad_logps)");
   // rewards [B, G, M], weights [M] -> advantages [B, G]
-  m.def("decoupled_advantages(Tensor rewards, Tensor weights, *, float? clamp=None, "
-        "bool unbiased=False) -> Tensor");
+  m.def(
+      "decoupled_advantages(Tensor rewards, Tensor weights, *, float? clamp=None, "
+      "bool unbiased=False) -> Tensor");
 
   // ---- trie ----
   // logits [U * W, V], scores and nodes [U, W]; the level's first_child [n + 1] and
   // labels [n'] int32, with forbidden [n'] or [U, n'] bool over the children;
   // columns [level_begin, level_end) are the level's own.  Each output is [U, width].
-  m.def("trie_beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor first_child, "
-        "Tensor labels, int width, *, int level_begin, int level_end, str softmax=\"vocab\", "
-        "float temperature=1.0, Tensor? forbidden=None) "
-        "-> (Tensor scores, Tensor parent, Tensor token, Tensor node)");
+  m.def(
+      "trie_beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor first_child, "
+      "Tensor labels, int width, *, int level_begin, int level_end, str softmax=\"vocab\", "
+      "float temperature=1.0, Tensor? forbidden=None) "
+      "-> (Tensor scores, Tensor parent, Tensor token, Tensor node)");
 }

@@ -27,7 +27,8 @@ using torch::stable::Tensor;
 // RuntimeError that starts with a source path.
 template <class E = std::invalid_argument, class... Parts>
 inline void require(bool ok, const Parts&... parts) {
-  if (ok) [[likely]] return;
+  if (ok) [[likely]]
+    return;
   std::ostringstream text;
   (text << ... << parts);
   throw E(text.str());

@@ -130,8 +130,8 @@ GENREC_INLINE const float* as_floats(const f16_t* row, int64_t n, float* scratch
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(scratch + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                      reinterpret_cast<const __m128i*>(row + i))));
+    _mm256_storeu_ps(scratch + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
 #endif
   for (; i < n; ++i) scratch[i] = half_to_float(row[i].bits);
   return scratch;
@@ -164,9 +164,9 @@ GENREC_INLINE uint16_t float_to_half(float x) {
   std::memcpy(&bits, &x, 4);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u;    // NaN
-  if (bits >= 0x477ff000u) return sign | 0x7c00u;   // rounds to infinity
-  if (bits < 0x38800000u) {                         // subnormal: let the adder round
+  if (bits > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (bits < 0x38800000u) {                        // subnormal: let the adder round
     float value, magic = 0.5f;
     std::memcpy(&value, &bits, 4);
     value += magic;

@@ -55,16 +55,16 @@ inline constexpr int kStats = 6;  // ratio, coefficient, capped share, entropy, 
 
 struct SequenceArgs {
   int64_t N = 0, T = 0;
-  const bool* mask = nullptr;       // [N, T] or null
-  const void* old_logps = nullptr;  // S [N, T]
-  const void* ref_logps = nullptr;  // S [N, T] or null
-  const void* advantages = nullptr; // S [N]
-  const void* entropy = nullptr;    // S [N] or null: 1
-  const void* boost = nullptr;      // S [N] or null: 1
+  const bool* mask = nullptr;        // [N, T] or null
+  const void* old_logps = nullptr;   // S [N, T]
+  const void* ref_logps = nullptr;   // S [N, T] or null
+  const void* advantages = nullptr;  // S [N]
+  const void* entropy = nullptr;     // S [N] or null: 1
+  const void* boost = nullptr;       // S [N] or null: 1
   ObjectiveConfig objective;
-  double scale = 1;           // the reduction's factor: 1, 1 / N or 1 / normalizer
-  void* losses = nullptr;     // S [N], already scaled
-  void* stats = nullptr;      // S [N, kStats]
+  double scale = 1;        // the reduction's factor: 1, 1 / N or 1 / normalizer
+  void* losses = nullptr;  // S [N], already scaled
+  void* stats = nullptr;   // S [N, kStats]
 };
 
 struct SageLossArgs {
@@ -72,10 +72,15 @@ struct SageLossArgs {
   SequenceArgs sequence;
   void* grad_logits = nullptr;  // null: no gradient wanted; may be the logits themselves
   int64_t grad_stride_n = 0, grad_stride_t = 0;
+  void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
+// A row's maximum, log of its sum, entropy, log-probability and slope, between
+// the launches of the fused loss on CUDA.
+inline constexpr int kWorkspace = 5;
+
 struct SageFromLogpsArgs {
-  DType dtype = DType::f32;     // f32 or f64
+  DType dtype = DType::f32;  // f32 or f64
   SequenceArgs sequence;
   const void* logps = nullptr;  // S [N, T]
   void* grad_logps = nullptr;   // S [N, T]
@@ -83,21 +88,29 @@ struct SageFromLogpsArgs {
 
 struct ScaleArgs {
   DType dtype = DType::f32;
-  int64_t N = 0, inner = 0;     // grad is N rows of `inner` elements
-  const void* grad = nullptr;   // contiguous
-  const void* factor = nullptr; // S [N], or S [1] where `shared`
+  int64_t N = 0, inner = 0;      // grad is N rows of `inner` elements
+  const void* grad = nullptr;    // contiguous
+  const void* factor = nullptr;  // S [N], or S [1] where `shared`
   bool shared = false;
   void* out = nullptr;
 };
 
-struct AdvantagesArgs {
+// Adds in the order of the sequences, in double: the same bits every time.
+struct SumArgs {
   DType dtype = DType::f32;      // f32 or f64
+  int64_t N = 0;
+  const void* values = nullptr;  // S [N]
+  void* total = nullptr;         // S []
+};
+
+struct AdvantagesArgs {
+  DType dtype = DType::f32;  // f32 or f64
   int64_t B = 0, G = 0, M = 0;
-  const void* rewards = nullptr; // S [B, G, M], NaN: the objective does not apply
-  const void* weights = nullptr; // S [M]
-  bool unbiased = false;         // divide squares by n - 1 instead of n
-  double clamp = 0;              // 0: none
-  void* advantages = nullptr;    // S [B, G]
+  const void* rewards = nullptr;  // S [B, G, M], NaN: the objective does not apply
+  const void* weights = nullptr;  // S [M]
+  bool unbiased = false;          // divide squares by n - 1 instead of n
+  double clamp = 0;               // 0: none
+  void* advantages = nullptr;     // S [B, G]
 };
 
 // A group's standard deviation below this counts as no spread at all.
@@ -105,14 +118,27 @@ inline constexpr double kNoSpread = 1e-6;
 // Added to each standard deviation before it divides.
 inline constexpr double kSpreadFloor = 1e-4;
 
-// One instruction set's kernels.  Each works on the sequences [first, last).
+// One instruction set's kernels.  Those with a range work on the sequences
+// [first, last); the others on the whole.
 struct CpuKernels {
   void (*token_logps)(const TokenLogpsArgs&, int64_t first, int64_t last);
   void (*token_logps_backward)(const TokenLogpsBackwardArgs&, int64_t first, int64_t last);
   void (*sage_loss)(const SageLossArgs&, int64_t first, int64_t last);
   void (*sage_loss_from_logps)(const SageFromLogpsArgs&, int64_t first, int64_t last);
   void (*scale)(const ScaleArgs&, int64_t first, int64_t last);
-  void (*advantages)(const AdvantagesArgs&);  // whole: its statistics span the batch
+  void (*sum)(const SumArgs&);
+  void (*advantages)(const AdvantagesArgs&);
+};
+
+// The CUDA library's kernels: each launches on the stream and returns a cudaError_t.
+struct CudaKernels {
+  int (*token_logps)(const TokenLogpsArgs&, void* stream);
+  int (*token_logps_backward)(const TokenLogpsBackwardArgs&, void* stream);
+  int (*sage_loss)(const SageLossArgs&, void* stream);
+  int (*sage_loss_from_logps)(const SageFromLogpsArgs&, void* stream);
+  int (*scale)(const ScaleArgs&, void* stream);
+  int (*sum)(const SumArgs&, void* stream);
+  int (*advantages)(const AdvantagesArgs&, void* stream);
 };
 
 }  // namespace genrec::policy

@@ -21,8 +21,8 @@ enum class Divergence : int { none, reverse, forward, js };
 struct ObjectiveConfig {
   Objective objective = Objective::sage;
   Divergence divergence = Divergence::none;
-  bool bounded = true;           // SAGE: the GBPO bound 1 - p under negatives
-  bool boost_multiplies = false; // SAGE: c = B+ * min(r, 1) instead of min(r, B+)
+  bool bounded = true;            // SAGE: the GBPO bound 1 - p under negatives
+  bool boost_multiplies = false;  // SAGE: c = B+ * min(r, 1) instead of min(r, B+)
   double eps_pos = 0, eps_boost = 0.5, eps_neg = 0, entropy_penalty = 1;
   double clip_low = 0.2, clip_high = 0.2;  // GSPO, GRPO, ECPO
   double early_clip = 0.1;                 // ECPO's delta
@@ -95,8 +95,7 @@ GENREC_HD Term<S> sage_term(S l, S o, S advantage, S entropy, S boost, const Obj
 template <class S>
 GENREC_HD Term<S> clipped_term(S ratio, S advantage, const ObjectiveConfig& k) {
   const S free = ratio * advantage;
-  const S held =
-      clamp_keep_nan(ratio, S(1) - S(k.clip_low), S(1) + S(k.clip_high)) * advantage;
+  const S held = clamp_keep_nan(ratio, S(1) - S(k.clip_low), S(1) + S(k.clip_high)) * advantage;
   const bool capped = free > held;
   return {capped ? -held : -free, capped ? S(0) : -free, ratio, capped ? S(0) : ratio};
 }

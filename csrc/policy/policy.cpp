@@ -2,23 +2,66 @@
 // allocated, and which kernel runs.
 #include "policy/kernels.h"
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "common/isa.h"
 #include "common/torch_stable.h"
+#if defined(GENREC_CUDA_LIBRARY)
+#include "common/cuda_runtime.h"
+#else
+#include "common/isa.h"
+#endif
 
 namespace genrec {
 
-namespace baseline { extern const policy::CpuKernels policy_kernels; }
+#if !defined(GENREC_CUDA_LIBRARY)
+namespace baseline {
+extern const policy::CpuKernels policy_kernels;
+}
 #if defined(GENREC_X86)
-namespace avx2 { extern const policy::CpuKernels policy_kernels; }
-namespace avx512 { extern const policy::CpuKernels policy_kernels; }
+namespace avx2 {
+extern const policy::CpuKernels policy_kernels;
+}
+namespace avx512 {
+extern const policy::CpuKernels policy_kernels;
+}
+#endif
 #endif
 
 namespace policy {
+
+#if defined(GENREC_CUDA_LIBRARY)
+extern const CudaKernels cuda_kernels;  // policy_cuda.cu
+#endif
+
 namespace {
+
+// This file is compiled into both libraries.  What differs is below: where the
+// kernels are, how one is run, and that the host can look at indices only where
+// they are in its memory.
+#if defined(GENREC_CUDA_LIBRARY)
+
+constexpr bool kOnHost = false;
+
+const CudaKernels& kernels() { return cuda_kernels; }
+
+template <class Args>
+void run(int (*launch)(const Args&, void*), const Args& args, int64_t N, int64_t,
+         const Tensor& where) {
+  if (N == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  check_launch(launch(args, current_stream(where.get_device_index())));
+}
+
+template <class Args>
+void run(int (*launch)(const Args&, void*), const Args& args, const Tensor& where) {
+  run(launch, args, 1, 0, where);
+}
+
+#else
+
+constexpr bool kOnHost = true;
 
 const CpuKernels& kernels() {
 #if defined(GENREC_X86)
@@ -34,13 +77,21 @@ const CpuKernels& kernels() {
 // A thread is worth waking for about this many logits.
 constexpr int64_t kGrain = 16384;
 
+// `work`: how many logits a sequence reads.
 template <class Args>
-void over_sequences(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t N,
-                    int64_t work) {
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t N, int64_t work,
+         const Tensor&) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, N, grain,
                               [&](int64_t first, int64_t last) { kernel(args, first, last); });
 }
+
+template <class Args>
+void run(void (*kernel)(const Args&), const Args& args, const Tensor&) {
+  kernel(args);
+}
+
+#endif
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -72,7 +123,7 @@ struct Rows {
   Scores scores;
 };
 
-void check_tokens(const Rows& rows, bool validate);
+void check_indices(const Rows& rows, bool validate);
 
 Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& mask,
                const std::optional<Tensor>& ranges, const std::optional<Tensor>& columns,
@@ -117,12 +168,19 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   s.support.begin = data_or_null<int64_t>(rows.begin);
   s.support.end = data_or_null<int64_t>(rows.end);
   s.inv_temperature = 1 / temperature;
-  check_tokens(rows, validate);
+  check_indices(rows, validate);
   return rows;
 }
 
-// Every index that a kernel will follow, before it runs.
-void check_tokens(const Rows& rows, bool validate) {
+// Every index that a kernel will follow, before it runs.  CUDA kernels check
+// for themselves, since looking here would wait for the device.
+void check_indices(const Rows& rows, bool validate) {
+  if (!kOnHost) {
+    require(!validate,
+            "validate=True looks at the tokens on the host and is for CPU tensors; on CUDA a token "
+            "outside its support scores -100 and moves no logit");
+    return;
+  }
   const Scores& s = rows.scores;
   const Support& u = s.support;
   if (u.ranges != nullptr)
@@ -191,11 +249,11 @@ ObjectiveConfig make_objective(const std::string& objective, double eps_pos, dou
                                    {"gspo", Objective::gspo},
                                    {"grpo", Objective::grpo},
                                    {"ecpo", Objective::ecpo}});
-  const Divergence divergence = one_of<Divergence>(kl, "kl",
-                                                   {{"reverse", Divergence::reverse},
-                                                    {"forward", Divergence::forward},
-                                                    {"js", Divergence::js}});
-  k.boost_multiplies = one_of<bool>(boost_mode, "boost_mode", {{"cap", false}, {"multiplier", true}});
+  const Divergence divergence = one_of<Divergence>(
+      kl, "kl",
+      {{"reverse", Divergence::reverse}, {"forward", Divergence::forward}, {"js", Divergence::js}});
+  k.boost_multiplies =
+      one_of<bool>(boost_mode, "boost_mode", {{"cap", false}, {"multiplier", true}});
   require_at_least_zero(eps_pos, "eps_pos");
   require_at_least_zero(eps_boost, "eps_boost");
   require_at_least_zero(eps_neg, "eps_neg");
@@ -227,9 +285,8 @@ struct Sequences {
 Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
                          const Tensor& old_logps, const Tensor& advantages,
                          const std::optional<Tensor>& mask, const std::optional<Tensor>& entropy,
-                         const std::optional<Tensor>& boost,
-                         const std::optional<Tensor>& ref_logps, const ObjectiveConfig& objective,
-                         double scale) {
+                         const std::optional<Tensor>& boost, const std::optional<Tensor>& ref_logps,
+                         const ObjectiveConfig& objective, double scale) {
   require_tensor(old_logps, "old_logps", S, {N, T}, like);
   require_tensor(advantages, "advantages", S, {N}, like);
   if (mask) require_tensor(*mask, "mask", ScalarType::Bool, {N, T}, like);
@@ -260,19 +317,13 @@ Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
   return q;
 }
 
-// Adds in the order of the sequences, in double: the same bits for any number of threads.
-template <class S>
-void add_up(const Tensor& losses, const Tensor& total) {
-  double sum = 0;
-  for (int64_t n = 0; n < losses.numel(); ++n) sum += losses.const_data_ptr<S>()[n];
-  *total.mutable_data_ptr<S>() = static_cast<S>(sum);
-}
-
 Tensor reduced(const Sequences& q, bool reduce) {
   if (!reduce) return q.losses;
-  Tensor total = torch::stable::new_empty(q.losses, {});
-  if (q.losses.scalar_type() == ScalarType::Double) add_up<double>(q.losses, total);
-  else add_up<float>(q.losses, total);
+  const Tensor total = torch::stable::new_empty(q.losses, {});
+  const bool wide = q.losses.scalar_type() == ScalarType::Double;
+  const SumArgs args{wide ? DType::f64 : DType::f32, q.losses.numel(), q.losses.const_data_ptr(),
+                     total.mutable_data_ptr()};
+  run(kernels().sum, args, total);
   return total;
 }
 
@@ -280,8 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
     const Tensor& logits, const Tensor& tokens, std::optional<Tensor> mask,
     std::optional<Tensor> ranges, std::optional<Tensor> columns, std::optional<Tensor> begin,
     std::optional<Tensor> end, double temperature, bool validate) {
-  const Rows rows = make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature,
-                              validate, false);
+  const Rows rows =
+      make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, validate, false);
   const int64_t N = rows.scores.N, T = rows.scores.T;
   const ScalarType S = accumulate_type(rows.scores.dtype);
   Tensor logps = torch::stable::new_empty(logits, {N, T}, S);
@@ -289,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
   Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
   const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
                             norm.mutable_data_ptr()};
-  over_sequences(kernels().token_logps, args, N, work_of(rows.scores));
+  run(kernels().token_logps, args, N, work_of(rows.scores), logits);
   return {logps, entropy, norm};
 }
 
@@ -318,20 +369,26 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
                                     by_logps.const_data_ptr(),
                                     by_entropy.const_data_ptr(),
                                     grad.mutable_data_ptr()};
-  over_sequences(kernels().token_logps_backward, args, N, work_of(rows.scores));
+  run(kernels().token_logps_backward, args, N, work_of(rows.scores), logits);
   return grad;
 }
 
 // Both forms of the fused loss.  `grad_into` is null, the logits, or a new tensor.
 std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q,
                                          const Tensor* grad_into, bool reduce) {
-  SageLossArgs args{rows.scores, q.args, nullptr, 0, 0};
+  SageLossArgs args{rows.scores, q.args};
   if (grad_into != nullptr) {
     args.grad_logits = grad_into->mutable_data_ptr();
     args.grad_stride_n = grad_into->stride(0);
     args.grad_stride_t = grad_into->stride(1);
   }
-  over_sequences(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores));
+  std::optional<Tensor> workspace;
+  if (!kOnHost) {
+    const Scores& s = rows.scores;
+    workspace = torch::stable::new_empty(q.losses, {s.N, s.T, kWorkspace});
+    args.workspace = workspace->mutable_data_ptr();
+  }
+  run(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores), rows.logits);
   return {reduced(q, reduce), q.stats};
 }
 
@@ -344,11 +401,11 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
     double kl_weight, std::string kl, std::optional<double> clip_low,
     std::optional<double> clip_high, double early_clip, double temperature, double scale,
     bool reduce, bool validate, bool with_grad) {
-  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
-                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
-                                           early_clip, ref_logps.has_value());
-  const Rows rows = make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature,
-                              validate, false);
+  const ObjectiveConfig k =
+      make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode,
+                     kl_weight, kl, clip_low, clip_high, early_clip, ref_logps.has_value());
+  const Rows rows =
+      make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, validate, false);
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
@@ -367,9 +424,9 @@ std::tuple<Tensor, Tensor> sage_loss_forward_(
     double kl_weight, std::string kl, std::optional<double> clip_low,
     std::optional<double> clip_high, double early_clip, double temperature, double scale,
     bool reduce, bool validate) {
-  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
-                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
-                                           early_clip, ref_logps.has_value());
+  const ObjectiveConfig k =
+      make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode,
+                     kl_weight, kl, clip_low, clip_high, early_clip, ref_logps.has_value());
   const Rows rows =
       make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, validate, true);
   const Scores& s = rows.scores;
@@ -385,9 +442,9 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(
     double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode, double kl_weight,
     std::string kl, std::optional<double> clip_low, std::optional<double> clip_high,
     double early_clip, double scale, bool reduce) {
-  const ObjectiveConfig k = make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty,
-                                           bounded, boost_mode, kl_weight, kl, clip_low, clip_high,
-                                           early_clip, ref_logps.has_value());
+  const ObjectiveConfig k =
+      make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode,
+                     kl_weight, kl, clip_low, clip_high, early_clip, ref_logps.has_value());
   const ScalarType S = logps.scalar_type();
   require(S == ScalarType::Float || S == ScalarType::Double,
           "logps must be float32 or float64, got ", torch::headeronly::toString(S));
@@ -399,7 +456,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(
   Tensor grad = torch::stable::new_empty(logps, {N, T});
   const SageFromLogpsArgs args{S == ScalarType::Double ? DType::f64 : DType::f32, q.args,
                                held.const_data_ptr(), grad.mutable_data_ptr()};
-  over_sequences(kernels().sage_loss_from_logps, args, N, T);
+  run(kernels().sage_loss_from_logps, args, N, T, logps);
   return {reduced(q, reduce), q.stats, grad};
 }
 
@@ -409,14 +466,21 @@ Tensor sage_loss_backward(const Tensor& grad_output, const Tensor& grad) {
   require(grad.dim() >= 1, "grad must have at least one dimension");
   const int64_t N = grad.size(0);
   const bool shared = grad_output.dim() == 0;
-  if (shared) require_tensor(grad_output, "grad_output", accumulate_type(dtype), {}, grad);
-  else require_tensor(grad_output, "grad_output", accumulate_type(dtype), {N}, grad);
+  if (shared)
+    require_tensor(grad_output, "grad_output", accumulate_type(dtype), {}, grad);
+  else
+    require_tensor(grad_output, "grad_output", accumulate_type(dtype), {N}, grad);
   const Tensor factor = torch::stable::contiguous(grad_output);
   const Tensor held = torch::stable::contiguous(grad);
   Tensor out = torch::stable::empty_like(held);
-  ScaleArgs args{dtype, N, N > 0 ? grad.numel() / N : 0, held.const_data_ptr(),
-                 factor.const_data_ptr(), shared, out.mutable_data_ptr()};
-  over_sequences(kernels().scale, args, N, args.inner);
+  ScaleArgs args{dtype,
+                 N,
+                 N > 0 ? grad.numel() / N : 0,
+                 held.const_data_ptr(),
+                 factor.const_data_ptr(),
+                 shared,
+                 out.mutable_data_ptr()};
+  run(kernels().scale, args, N, args.inner, grad);
   return out;
 }
 
@@ -439,17 +503,28 @@ Tensor decoupled_advantages(const Tensor& rewards, const Tensor& weights,
   const Tensor held = torch::stable::contiguous(rewards);
   const Tensor held_weights = torch::stable::contiguous(weights);
   const bool wide = S == ScalarType::Double;
-  wide ? require_no_infinity<double>(held) : require_no_infinity<float>(held);
+  if (kOnHost) wide ? require_no_infinity<double>(held) : require_no_infinity<float>(held);
   Tensor out = torch::stable::new_empty(rewards, {rewards.size(0), rewards.size(1)});
-  kernels().advantages({wide ? DType::f64 : DType::f32, rewards.size(0), rewards.size(1),
-                        rewards.size(2), held.const_data_ptr(), held_weights.const_data_ptr(),
-                        unbiased, clamp.value_or(0), out.mutable_data_ptr()});
+  const AdvantagesArgs args{wide ? DType::f64 : DType::f32,
+                            rewards.size(0),
+                            rewards.size(1),
+                            rewards.size(2),
+                            held.const_data_ptr(),
+                            held_weights.const_data_ptr(),
+                            unbiased,
+                            clamp.value_or(0),
+                            out.mutable_data_ptr()};
+  run(kernels().advantages, args, out);
   return out;
 }
 
 }  // namespace
 
+#if defined(GENREC_CUDA_LIBRARY)
+STABLE_TORCH_LIBRARY_IMPL(genrec, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
+#endif
   m.impl("token_logps_forward", TORCH_BOX(&token_logps_forward));
   m.impl("token_logps_backward", TORCH_BOX(&token_logps_backward));
   m.impl("sage_loss_forward", TORCH_BOX(&sage_loss_forward));

@@ -7,18 +7,12 @@
 // no mask of vocabulary width exists.
 #include "common/row.h"
 #include "policy/kernels.h"
+#include "policy/sequence.h"
 
 namespace genrec::GENREC_ISA {
 namespace {
 
 using namespace genrec::policy;
-
-template <class S>
-S at_or(const void* p, int64_t i, S fallback) {
-  return p == nullptr ? fallback : static_cast<const S*>(p)[i];
-}
-
-bool counts(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
 // The supported columns of row (n, t), and where a range of them begins.
 template <class T>
@@ -44,8 +38,10 @@ bool holds(const RowView<T>& row, int64_t first, int64_t column) {
   int64_t low = 0, high = row.n;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (row.columns[middle] < column) low = middle + 1;
-    else high = middle;
+    if (row.columns[middle] < column)
+      low = middle + 1;
+    else
+      high = middle;
   }
   return low < row.n && row.columns[low] == column;
 }
@@ -115,68 +111,6 @@ void token_logps_backward(const TokenLogpsBackwardArgs& a, int64_t first_n, int6
   }
 }
 
-// The sequence part of every objective: from a sequence's log-probabilities
-// (any callable of t) to its loss, its statistics and, through `slope`, the
-// derivative of the scaled loss by each log-probability.
-template <class S, class Logp, class Slope>
-void sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy, const Logp& logp,
-                   const Slope& slope) {
-  const S* old = static_cast<const S*>(a.old_logps) + n * a.T;
-  const S* ref = a.ref_logps ? static_cast<const S*>(a.ref_logps) + n * a.T : nullptr;
-  const ObjectiveConfig& k = a.objective;
-  const S advantage = static_cast<const S*>(a.advantages)[n];
-  double sum_new = 0, sum_old = 0;
-  int64_t count = 0;
-  for (int64_t t = 0; t < a.T; ++t) {
-    if (!counts(a.mask, n * a.T + t)) continue;
-    sum_new += logp(t);
-    sum_old += old[t];
-    ++count;
-  }
-  const double length = count > 0 ? static_cast<double>(count) : 1;
-  const S l = static_cast<S>(sum_new / length), o = static_cast<S>(sum_old / length);
-  const bool by_token = k.objective == Objective::grpo;
-  Term<S> whole{};
-  if (!by_token)
-    whole = sequence_term<S>(l, o, advantage, at_or<S>(a.entropy, n, S(1)),
-                             at_or<S>(a.boost, n, S(1)), k);
-  if (l == -INFINITY) whole.slope = 0;
-  double value = by_token ? 0 : whole.value, kl = 0, coefficient = 0, capped = 0;
-  for (int64_t t = 0; t < a.T; ++t) {
-    if (!counts(a.mask, n * a.T + t)) {
-      slope(t, S(0));
-      continue;
-    }
-    S s = whole.slope;
-    if (by_token) {
-      const Term<S> token = clipped_term(importance_ratio<S>(logp(t), old[t]), advantage, k);
-      s = logp(t) == -INFINITY ? S(0) : token.slope;
-      value += token.value / length;
-      coefficient += token.coefficient / length;
-      capped += (token.coefficient < token.ratio) / length;
-    }
-    if (k.divergence != Divergence::none) {
-      const Divergent<S> d = divergence<S>(k.divergence, ref[t], logp(t));
-      kl += d.value / length;
-      s += static_cast<S>(k.kl_weight) * d.slope;
-    }
-    slope(t, static_cast<S>(s * (a.scale / length)));
-  }
-  if (!by_token) {
-    coefficient = whole.coefficient;
-    capped = whole.coefficient < whole.ratio;
-  }
-  if (k.divergence != Divergence::none) value += k.kl_weight * kl;
-  static_cast<S*>(a.losses)[n] = static_cast<S>(value * a.scale);
-  S* stats = static_cast<S*>(a.stats) + n * kStats;
-  stats[0] = importance_ratio<S>(l, o);
-  stats[1] = static_cast<S>(coefficient);
-  stats[2] = static_cast<S>(capped);
-  stats[3] = mean_entropy;
-  stats[4] = std::exp(l);
-  stats[5] = static_cast<S>(kl);
-}
-
 template <class T>
 void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
   using S = acc_t<T>;
@@ -198,15 +132,14 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
       const int64_t token = in.tokens[n * in.T + t];
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
       rows[t].z = normalize(row, inv);
-      rows[t].logp = holds(row, first, token)
-                         ? log_softmax<S>(to_float(x[token]), rows[t].z, inv)
-                         : static_cast<S>(kOutsideLogp);
+      rows[t].logp = holds(row, first, token) ? log_softmax<S>(to_float(x[token]), rows[t].z, inv)
+                                              : static_cast<S>(kOutsideLogp);
       entropy += rows[t].z.entropy;
       ++count;
     }
-    sequence_loss<S>(a.sequence, n, count > 0 ? entropy / count : S(0),
-                     [&](int64_t t) { return rows[t].logp; },
-                     [&](int64_t t, S slope) { rows[t].slope = slope; });
+    sequence_loss<S>(
+        a.sequence, n, count > 0 ? entropy / count : S(0), [&](int64_t t) { return rows[t].logp; },
+        [&](int64_t t, S slope) { rows[t].slope = slope; });
     if (a.grad_logits == nullptr) continue;
     for (int64_t t = 0; t < in.T; ++t) {
       T* g = static_cast<T*>(a.grad_logits) + n * a.grad_stride_n + t * a.grad_stride_t;
@@ -222,8 +155,9 @@ void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t l
   for (int64_t n = first_n; n < last_n; ++n) {
     const S* logps = static_cast<const S*>(a.logps) + n * T;
     S* grad = static_cast<S*>(a.grad_logps) + n * T;
-    sequence_loss<S>(a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
-                     [&](int64_t t, S slope) { grad[t] = slope; });
+    sequence_loss<S>(
+        a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
+        [&](int64_t t, S slope) { grad[t] = slope; });
   }
 }
 
@@ -243,6 +177,13 @@ void scale(const ScaleArgs& a, int64_t first, int64_t last) {
       put_floats(y + at, target, size);
     }
   }
+}
+
+template <class S>
+void sum(const SumArgs& a) {
+  double total = 0;
+  for (int64_t n = 0; n < a.N; ++n) total += static_cast<const S*>(a.values)[n];
+  *static_cast<S*>(a.total) = static_cast<S>(total);
 }
 
 // Mean and standard deviation of the values at i = 0 .. n - 1 that `value`
@@ -279,13 +220,14 @@ void advantages(const AdvantagesArgs& a) {
       if (!(group.deviation >= kNoSpread)) continue;
       for (int64_t g = 0; g < a.G; ++g)
         if (const S x = column[g * a.M]; x == x)
-          out[b * a.G + g] += static_cast<S>(
-              weights[m] * ((x - group.mean) / (group.deviation + kSpreadFloor)));
+          out[b * a.G + g] +=
+              static_cast<S>(weights[m] * ((x - group.mean) / (group.deviation + kSpreadFloor)));
     }
   const Spread batch = spread(N, a.unbiased, [&](int64_t n) -> double { return out[n]; });
   for (int64_t n = 0; n < N; ++n) {
     bool applies = false;  // a row that no objective applies to gets exactly 0
-    for (int64_t m = 0; m < a.M; ++m) applies = applies || rewards[n * a.M + m] == rewards[n * a.M + m];
+    for (int64_t m = 0; m < a.M; ++m)
+      applies = applies || rewards[n * a.M + m] == rewards[n * a.M + m];
     const S x = static_cast<S>((out[n] - batch.mean) / (batch.deviation + kSpreadFloor));
     const S limit = static_cast<S>(a.clamp);
     out[n] = !applies ? S(0) : limit > 0 ? clamp_keep_nan(x, -limit, limit) : x;
@@ -320,6 +262,10 @@ void sage_loss_from_logps_any(const SageFromLogpsArgs& a, int64_t first, int64_t
 void scale_any(const ScaleArgs& a, int64_t first, int64_t last) {
   by_dtype(a.dtype, [&]<class T>() { scale<T>(a, first, last); });
 }
+void sum_any(const SumArgs& a) {
+  if (a.dtype == DType::f64) return sum<double>(a);
+  sum<float>(a);
+}
 void advantages_any(const AdvantagesArgs& a) {
   if (a.dtype == DType::f64) return advantages<double>(a);
   advantages<float>(a);
@@ -329,7 +275,8 @@ void advantages_any(const AdvantagesArgs& a) {
 
 // Declared in policy.cpp for each instruction set that was built.
 extern const policy::CpuKernels policy_kernels;
-const policy::CpuKernels policy_kernels{token_logps_any, token_logps_backward_any, sage_loss_any,
-                                        sage_loss_from_logps_any, scale_any, advantages_any};
+const policy::CpuKernels policy_kernels{
+    token_logps_any, token_logps_backward_any, sage_loss_any, sage_loss_from_logps_any,
+    scale_any,       sum_any,                  advantages_any};
 
 }  // namespace genrec::GENREC_ISA

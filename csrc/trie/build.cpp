@@ -17,7 +17,9 @@ constexpr int64_t kDigits = int64_t{1} << kDigitBits;
 void sort_by_digit(const int64_t* codes, int64_t L, int64_t level, int shift,
                    std::vector<int64_t>& order, std::vector<int64_t>& spare) {
   std::vector<int64_t> at(kDigits + 1, 0);
-  const auto digit = [&](int64_t item) { return (codes[item * L + level] >> shift) & (kDigits - 1); };
+  const auto digit = [&](int64_t item) {
+    return (codes[item * L + level] >> shift) & (kDigits - 1);
+  };
   for (int64_t item : order) ++at[digit(item) + 1];
   std::partial_sum(at.begin(), at.end(), at.begin());
   for (int64_t item : order) spare[at[digit(item)]++] = item;
@@ -37,7 +39,8 @@ Built build(const int64_t* codes, int64_t N, int64_t L) {
                                     "] must lie in [0, 2^31 - 1), got " + std::to_string(code));
       largest[l] = std::max(largest[l], code);
     }
-  if (N > kLimit) throw std::length_error("a trie holds at most 2^31 - 1 items, got " + std::to_string(N));
+  if (N > kLimit)
+    throw std::length_error("a trie holds at most 2^31 - 1 items, got " + std::to_string(N));
 
   Built out;
   out.order.resize(N);

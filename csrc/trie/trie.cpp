@@ -11,10 +11,16 @@
 
 namespace genrec {
 
-namespace baseline { extern const trie::CpuKernels trie_kernels; }
+namespace baseline {
+extern const trie::CpuKernels trie_kernels;
+}
 #if defined(GENREC_X86)
-namespace avx2 { extern const trie::CpuKernels trie_kernels; }
-namespace avx512 { extern const trie::CpuKernels trie_kernels; }
+namespace avx2 {
+extern const trie::CpuKernels trie_kernels;
+}
+namespace avx512 {
+extern const trie::CpuKernels trie_kernels;
+}
 #endif
 
 namespace trie {
@@ -41,14 +47,14 @@ void check_nodes(const BeamStepArgs& a, int64_t level_nodes) {
                                "), the nodes of this level, got ", node);
     if (node < 0) continue;
     const int64_t begin = a.first_child[node], end = a.first_child[node + 1];
-    require<std::out_of_range>(0 <= begin && begin <= end && end <= a.next_nodes,
-                               "first_child of node ", node, " must satisfy 0 <= begin <= end <= ",
-                               a.next_nodes, ", got ", begin, " and ", end);
+    require<std::out_of_range>(
+        0 <= begin && begin <= end && end <= a.next_nodes, "first_child of node ", node,
+        " must satisfy 0 <= begin <= end <= ", a.next_nodes, ", got ", begin, " and ", end);
     // Ascending, so the ends bound all.
     if (begin < end)
-      require<std::out_of_range>(
-          a.labels[begin] >= 0 && a.labels[end - 1] < a.V, "the children of node ", node,
-          " have labels up to ", a.labels[end - 1], ", but logits have only V = ", a.V, " columns");
+      require<std::out_of_range>(a.labels[begin] >= 0 && a.labels[end - 1] < a.V,
+                                 "the children of node ", node, " have labels up to ",
+                                 a.labels[end - 1], ", but logits have only V = ", a.V, " columns");
   }
 }
 
@@ -128,21 +134,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
   // A thread is worth waking for about this many logits or candidates.
   constexpr int64_t kGrain = 16384;
   const int64_t row_work = a.softmax == Softmax::vocab ? a.V : a.level_end - a.level_begin;
-  const auto grain = [](int64_t work) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)); };
-  torch::stable::parallel_for(
-      0, a.U * a.W, grain(row_work),
-      [&](int64_t first, int64_t last) { kernels().normalize_beams(a, first, last); });
-  torch::stable::parallel_for(
-      0, a.U, grain(a.W * 64),
-      [&](int64_t first, int64_t last) { kernels().select_beams(a, first, last); });
+  const auto grain = [](int64_t work) {
+    return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  };
+  torch::stable::parallel_for(0, a.U * a.W, grain(row_work), [&](int64_t first, int64_t last) {
+    kernels().normalize_beams(a, first, last);
+  });
+  torch::stable::parallel_for(0, a.U, grain(a.W * 64), [&](int64_t first, int64_t last) {
+    kernels().select_beams(a, first, last);
+  });
   return {out_scores, parent, token, node};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
-  m.impl("trie_beam_step", TORCH_BOX(&trie_beam_step));
-}
+STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) { m.impl("trie_beam_step", TORCH_BOX(&trie_beam_step)); }
 
 }  // namespace trie
 }  // namespace genrec

@@ -23,8 +23,8 @@ bool allowed(const BeamStepArgs& a, int64_t user, int64_t node) {
 
 // The normaliser over a node's allowed children, for softmax = "children".
 template <class T>
-Normalizer<float> normalize_children(const BeamStepArgs& a, const T* x, int64_t user,
-                                     int64_t begin, int64_t end) {
+Normalizer<float> normalize_children(const BeamStepArgs& a, const T* x, int64_t user, int64_t begin,
+                                     int64_t end) {
   float block[kBlock];
   RunningSum run;
   int64_t n = 0;
@@ -77,9 +77,12 @@ void keep_best(Candidate* c, int64_t n, int64_t k) {
   int64_t low = 0, high = n;
   while (high - low > 1) {
     const Candidate first = c[low], middle = c[low + (high - low) / 2], last = c[high - 1];
-    const Candidate pivot = before(first, middle)
-                                ? (before(middle, last) ? middle : before(first, last) ? last : first)
-                                : (before(first, last) ? first : before(middle, last) ? last : middle);
+    const Candidate pivot = before(first, middle) ? (before(middle, last)  ? middle
+                                                     : before(first, last) ? last
+                                                                           : first)
+                                                  : (before(first, last)    ? first
+                                                     : before(middle, last) ? last
+                                                                            : middle);
     int64_t i = low, j = high - 1;
     while (i <= j) {
       while (before(c[i], pivot)) ++i;
@@ -90,9 +93,12 @@ void keep_best(Candidate* c, int64_t n, int64_t k) {
         c[j--] = swap;
       }
     }
-    if (k <= j) high = j + 1;
-    else if (k > i) low = i;
-    else return;
+    if (k <= j)
+      high = j + 1;
+    else if (k > i)
+      low = i;
+    else
+      return;
   }
 }
 

@@ -1,0 +1,67 @@
+# Everything a checkout can do.  Each target makes its own environment in .venv
+# first, so `make demo` and `make test` work on a machine that has Python 3.10 or
+# later and a C++ compiler.
+#
+#   make demo     the whole product on a small generated catalogue, with a report
+#   make test     every test
+#   make bench    the benchmarks, into bench/results/
+#   make format   rewrite sources in the project's style
+#   make lint     check style and types
+#
+# PYTHON picks the interpreter, VENV the environment, TORCH what is installed as
+# torch there (a CPU or CUDA build of 2.11 or later; left alone where the
+# environment has one already).
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+SOURCES := $(shell git ls-files csrc genrec_ext third_party '*.py' CMakeLists.txt pyproject.toml)
+
+.PHONY: demo test bench format lint clean install
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Isolated builds look for torch in the environment, so it comes first.
+$(VENV)/torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --progress-bar off "$(TORCH)"
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --progress-bar off ".[train,test]"
+	touch $@
+
+# Exact versions: each release formats a little differently.
+$(VENV)/linters: | $(BIN)/python
+	$(BIN)/pip install --progress-bar off ruff==0.17.6 mypy==2.4.1 clang-format==22.1.8
+	touch $@
+
+install: $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/genrec demo --out runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest --doctest-modules --pyargs genrec_ext python_tests
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/bench_policy.py
+	$(BIN)/python bench/bench_trie.py
+
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench
+
+format: $(VENV)/linters
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/ruff format $(PY_SOURCES)
+	$(BIN)/ruff check --fix $(PY_SOURCES)
+
+lint: $(VENV)/linters $(VENV)/torch
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/ruff format --check $(PY_SOURCES)
+	$(BIN)/ruff check $(PY_SOURCES)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV) *.egg-info runs/demo

@@ -1,0 +1,132 @@
+"""The ``genrec`` command: demo, train, evaluate, recommend, info.
+
+Parses arguments, calls ``training`` and prints; no other logic lives here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _positive(kind: type) -> object:
+    def parse(text: str) -> object:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="genrec", description="Generative recommendation: train, decode, evaluate."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="the whole product on a generated catalogue, in a few minutes"
+    )
+    demo.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+
+    train = commands.add_parser("train", help="train a recommender and evaluate it")
+    train.add_argument(
+        "--data",
+        help="a folder with X.inter.json (and X.index*.json, X.item.json) or a text file of "
+        "'user item item ...' lines; default: the generated catalogue",
+    )
+    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--index", help="which X.index*.json, where there are several")
+    train.add_argument(
+        "--minutes", type=_positive(float), help="wall-clock budget of the whole command"
+    )
+    train.add_argument("--epochs", type=_positive(int), help="epochs of the sft stage")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    train.add_argument(
+        "--stages", default="sft,rl", help="sft or sft,rl (default: %(default)s)"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's checkpoint"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="repeat a run's test figures")
+    evaluate.add_argument("run", help="run folder")
+    evaluate.add_argument("--data", help="the data of the run (default: where they were)")
+    evaluate.add_argument("--device", default="cpu")
+
+    recommend = commands.add_parser("recommend", help="items for a history")
+    recommend.add_argument("run", help="run folder")
+    recommend.add_argument(
+        "--history", required=True, help="comma-separated item ids of the data, oldest first"
+    )
+    recommend.add_argument("-k", type=_positive(int), default=10, help="how many (default: 10)")
+    recommend.add_argument("--unseen", action="store_true", help="leave out items of the history")
+    recommend.add_argument("--json", action="store_true", help="print JSON")
+
+    info = commands.add_parser("info", help="what is installed and what this machine will use")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 2 for bad input."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "info":
+        from . import info
+
+        facts = info.collect()
+        print(info.as_json(facts) if arguments.json else info.as_text(facts))
+        return 0 if facts["operators"] else 1
+    try:
+        return _run(arguments)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"genrec: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import training
+
+    if arguments.command == "demo":
+        config = training.TrainConfig(out=arguments.out, seed=arguments.seed)
+        print(training.summary(training.train(config)))
+        print(f"\nopen {Path(arguments.out) / 'report.html'}")
+    elif arguments.command == "train":
+        config = training.TrainConfig(
+            data=arguments.data,
+            out=arguments.out,
+            index=arguments.index,
+            minutes=arguments.minutes,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            device=arguments.device,
+            stages=tuple(arguments.stages.split(",")),
+            resume=arguments.resume,
+        )
+        print(training.summary(training.train(config)))
+        print(f"\nopen {Path(arguments.out) / 'report.html'}")
+    elif arguments.command == "evaluate":
+        figures = training.evaluate(arguments.run, data=arguments.data, device=arguments.device)
+        print(json.dumps(figures, indent=2))
+    else:
+        found = training.recommend(
+            arguments.run, arguments.history.split(","), arguments.k, unseen=arguments.unseen
+        )
+        if arguments.json:
+            print(json.dumps(found, indent=2))
+        else:
+            for place, item in enumerate(found, 1):
+                title = f"  {item['title']}" if item["title"] else ""
+                print(f"{place:>3}  {item['item']:>8}  {item['score']:8.4f}{title}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

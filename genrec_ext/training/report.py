@@ -1,0 +1,200 @@
+"""A run's report: one HTML file with its tables and pictures inside, opened with one click.
+
+Reads a run's figures, writes ``report.html``; needs matplotlib (the ``[train]`` extra).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7722", "#448844", "#999999"
+COLUMNS = (
+    "recall@5",
+    "recall@10",
+    "ndcg@5",
+    "ndcg@10",
+    "cold_recall@10",
+    "coverage@10",
+    "entropy@10",
+    "invalid_rate",
+)
+
+
+def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of the result table: what was trained, stage by stage, then the baselines."""
+    rows = [(f"after {name}", stage["test"]) for name, stage in metrics["stages"].items()]
+    rows += [(name, figures) for name, figures in metrics["baselines"].items()]
+    if best := metrics.get("best_possible"):
+        rows.append(("best possible", best))
+    return rows
+
+
+def text_table(metrics: dict[str, Any]) -> str:
+    """The result table for a terminal."""
+    lines = [["test"] + list(COLUMNS)]
+    for name, figures in rows_of(metrics):
+        lines.append([name] + [_number(figures.get(column)) for column in COLUMNS])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def write(
+    path: Path,
+    metrics: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+    recommended: np.ndarray,
+    train_counts: np.ndarray,
+    targets: np.ndarray,
+    examples: Sequence[tuple[list[str], list[str], str]],
+) -> None:
+    """Writes the report.
+
+    Args:
+        path: the HTML file.
+        metrics: the content of ``metrics.json``.
+        log: the lines of ``metrics.jsonl``: a dict an epoch or evaluation, with ``stage``.
+        recommended: int64 ``[U, K]``, the items recommended to test users, -1 where none.
+        train_counts: int64 ``[num_items]``, occurrences in training.
+        targets: int64 ``[U]``, what test users took.
+        examples: (titles of a history, titles recommended, title taken), a user each.
+    """
+    figures = [
+        ("Training", _curves(log)),
+        ("Recall against the baselines", _bars(metrics)),
+        ("How popular is what is recommended", _popularity(recommended, train_counts, targets)),
+    ]
+    config = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in metrics["config"].items()
+    )
+    table = "".join(
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{_number(row.get(column))}</td>" for column in COLUMNS)
+        + "</tr>"
+        for name, row in rows_of(metrics)
+    )
+    cards = "".join(
+        f"<div class=card><p><b>Took</b> {_list(history)}</p>"
+        f"<p><b>We recommend</b> {_list(found, taken)}</p>"
+        f"<p><b>Took next</b> {html.escape(taken)}</p></div>"
+        for history, found, taken in examples
+    )
+    images = "".join(
+        f"<h2>{title}</h2><img src='data:image/png;base64,{image}' alt='{title}'>"
+        for title, image in figures
+    )
+    path.write_text(
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>genrec report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; color: #222 }}
+table {{ border-collapse: collapse }} td, th {{ padding: .25em .7em; text-align: right }}
+th {{ text-align: left }} tr:nth-child(even) {{ background: #f3f5f8 }} img {{ max-width: 100% }}
+.card {{ border: 1px solid #ddd; border-radius: 8px; padding: .2em 1em; margin: .7em 0 }}
+.hit {{ background: #cfe8cf }}
+</style>
+<h1>{html.escape(str(metrics["config"].get("name", "run")))}</h1>
+<p>{len(targets)} test users, {len(train_counts)} items, {metrics["seconds"]:.0f} seconds in all.
+Recall and NDCG are of the last item of each user, ranked among all items.</p>
+<table><tr><th>test</th>{"".join(f"<th>{column}</th>" for column in COLUMNS)}</tr>{table}</table>
+{images}<h2>Examples</h2>{cards}
+<h2>Configuration</h2><table>{config}</table></html>
+"""
+    )
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _list(titles: Sequence[str], taken: str | None = None) -> str:
+    return " · ".join(
+        f"<span class='{'hit' if title == taken else ''}'>{html.escape(title)}</span>"
+        for title in titles
+    )
+
+
+def _image(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure without a display and without pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def _curves(log: Sequence[dict[str, Any]]) -> str:
+    figure, (left, right) = _figure(11, 3.6, 2)
+    for stage, color in (("sft", BLUE), ("rl", ORANGE)):
+        lines = [line for line in log if line["stage"] == stage]
+        losses = [(line["seconds"], line["loss"]) for line in lines if "loss" in line]
+        recalls = [(line["seconds"], line["valid"]["recall@10"]) for line in lines if "valid" in line]
+        if losses:
+            left.plot(*zip(*losses), color=color, label=stage)
+        if recalls:
+            right.plot(*zip(*recalls), color=color, marker="o", ms=3, label=stage)
+    left.set(xlabel="seconds", ylabel="loss", title="training loss")
+    right.set(xlabel="seconds", ylabel="Recall@10", title="validation")
+    for ax in (left, right):
+        if ax.has_data():
+            ax.legend(frameon=False)
+    return _image(figure)
+
+
+def _bars(metrics: dict[str, Any]) -> str:
+    rows = rows_of(metrics)
+    figure, ax = _figure(11, 0.6 + 0.55 * len(rows))
+    place = np.arange(len(rows))[::-1]
+    for offset, column, color in ((0.2, "recall@10", BLUE), (-0.2, "ndcg@10", GREEN)):
+        values = [row.get(column) or 0.0 for _, row in rows]
+        bars = ax.barh(place + offset, values, 0.38, color=color, label=column)
+        ax.bar_label(bars, fmt="%.4f", padding=3, fontsize=9)
+    ax.set_yticks(place, [name for name, _ in rows])
+    ax.legend(frameon=False, loc="lower right")
+    return _image(figure)
+
+
+def _popularity(recommended: np.ndarray, train_counts: np.ndarray, targets: np.ndarray) -> str:
+    order = np.argsort(-train_counts, kind="stable")
+    figure, ax = _figure(11, 3.6)
+    share = np.arange(1, len(order) + 1) / len(order)
+    shown = recommended[recommended >= 0]
+    for label, items, color in (
+        ("training", None, GREY),
+        ("taken by test users", targets, GREEN),
+        ("recommended", shown, BLUE),
+    ):
+        counts = (
+            train_counts if items is None else np.bincount(items, minlength=len(train_counts))
+        )
+        total = max(counts.sum(), 1)
+        ax.plot(share, np.cumsum(counts[order]) / total, color=color, label=label)
+    ax.set(
+        xlabel="share of the catalogue, most popular in training first",
+        ylabel="share of all occurrences",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    ax.legend(frameon=False, loc="lower right")
+    return _image(figure)

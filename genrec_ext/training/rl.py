@@ -1,0 +1,324 @@
+"""The `rl` stage: SAGE fine-tuning on lists that our own constrained decoder proposes.
+
+A step takes users' histories, lets the policy write a list of items for each, rewards the items
+for several things at once (decoupled advantages), and makes a few updates on the list.  Scores are
+normalised over the same support that the decoder used, so the importance ratio is unbiased.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..decode import beam_search
+from ..models import CompactRecommender
+from ..ops import SageConfig, decoupled_advantages, sage_loss, token_logps
+from ..trie import Trie
+
+REWARDS = ("hit", "rank", "cold", "diversity")
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Settings of the stage.
+
+    Attributes:
+        steps: rollout batches.
+        users: histories a batch.
+        candidates: items a list (G).
+        updates: optimiser steps a batch; from the second on, the policy has moved from the one
+            that wrote the list, and SAGE's caps act.
+        rate: learning rate of AdamW, after a linear warm-up over the first tenth and down to 0.
+        weights: of the rewards hit, rank, cold and diversity.
+        cold_count: an item seen at most this often in training counts as cold.
+        kl_weight: weight of the divergence from the model that the stage started with.
+        clip_norm: largest norm of a gradient.
+    """
+
+    steps: int = 100
+    users: int = 128
+    candidates: int = 16
+    updates: int = 2
+    rate: float = 2e-4
+    weights: tuple[float, float, float, float] = (1.0, 0.5, 0.5, 0.1)
+    cold_count: int = 5
+    kl_weight: float = 0.05
+    clip_norm: float = 1.0
+    sage: SageConfig = field(default_factory=SageConfig)
+
+
+def rewards_of(
+    items: Tensor,
+    codes: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    cold_count: int,
+) -> Tensor:
+    """What each item of each list earns.
+
+    Args:
+        items: ``[B, G]`` int64, best first; -1 where a list is shorter.
+        codes: ``[B, G, L]`` int64, their semantic IDs.
+        targets: ``[B]`` int64, the item that the user took.
+        counts: ``[num_items]``, occurrences in training.
+        cold_count: up to this many, the item taken counts as cold.
+
+    Returns:
+        ``[B, G, 4]`` float32; NaN where a reward does not apply.
+        hit: 1 for the item taken, else 0.
+        rank: 0 for the item taken, else -1 / log2(rank + 1): wrong items hurt where users look.
+        cold: hit, in lists whose item taken is cold; applies to no other list.
+        diversity: share of the list's other items whose first code differs.
+    Source: ours, after the rewards of rank and hit in MiniOneRec and SAGE's cold-start and
+    diversity goals.
+    """
+    B, G = items.shape
+    hit = (items == targets.unsqueeze(1)).float()
+    place = torch.arange(1, G + 1, device=items.device)
+    rank = torch.where(hit > 0, 0.0, -1.0 / torch.log2(place + 1.0))
+    is_cold = counts[targets] <= cold_count
+    cold = torch.where(is_cold.unsqueeze(1), hit, torch.nan)
+    first = codes[..., 0]
+    present = items >= 0
+    other = present.unsqueeze(1) & ~torch.eye(G, dtype=torch.bool, device=items.device)
+    differs = (first.unsqueeze(2) != first.unsqueeze(1)) & other
+    diversity = differs.sum(-1) / other.sum(-1).clamp(min=1)
+    rewards = torch.stack([hit, rank.expand(B, G), cold, diversity], -1)
+    return rewards.masked_fill(~present.unsqueeze(-1), torch.nan)
+
+
+def potential_of(counts: Tensor) -> Tensor:
+    """Cold-start potential in [0, 1]: 1 for an item never seen in training, 0 for the most seen."""
+    top = torch.log1p(counts.max().clamp(min=1).float())
+    return 1 - torch.log1p(counts.float()) / top
+
+
+def list_entropy(scores: Tensor) -> Tensor:
+    """Entropy of each list's probabilities, renormalised over the list and divided by its largest.
+
+    ``scores [B, G]`` log-probabilities, -inf where the list is shorter; returns ``[B]`` in [0, 1].
+    """
+    logp = torch.log_softmax(scores, -1)
+    p = logp.exp()
+    entropy = -(p * logp.clamp(min=-100)).sum(-1)
+    present = (scores > -torch.inf).sum(-1).clamp(min=2)
+    return (entropy / present.log()).clamp(0, 1)
+
+
+@dataclass
+class Rollout:
+    """A batch of lists, flattened to N = B * G rows, with what SAGE needs of them."""
+
+    history: Tensor  # [B, T]
+    codes: Tensor  # [N, L]
+    tokens: Tensor  # [N, L] columns
+    nodes: Tensor  # [N, L]
+    mask: Tensor  # [N, L]
+    old_logps: Tensor  # [N, L]
+    ref_logps: Tensor  # [N, L]
+    advantages: Tensor  # [N]
+    entropy: Tensor  # [N]
+    boost: Tensor  # [N]
+    rewards: Tensor  # [B, G, 4]
+
+
+class SageTrainer:
+    """Fine-tunes a model in place.
+
+    Args:
+        model: the policy; a frozen copy becomes the reference.
+        trie: the catalogue on the model's device.
+        train: one int64 array of internal item ids a user.
+        counts: ``[num_items]`` occurrences in training.
+        config: the stage's settings.
+        seed: of the order of the examples.
+    """
+
+    def __init__(
+        self,
+        model: CompactRecommender,
+        trie: Trie,
+        train: Sequence[np.ndarray],
+        counts: np.ndarray,
+        config: RLConfig,
+        seed: int,
+    ) -> None:
+        self.model, self.trie, self.config = model, trie, config
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.counts = torch.as_tensor(counts, device=self.device)
+        self.potential = potential_of(self.counts)
+        self.train = train
+        # Every position with something before it: (user, index of the target).
+        self.examples = np.array(
+            [(u, t) for u, sequence in enumerate(train) for t in range(1, len(sequence))],
+            dtype=np.int64,
+        ).reshape(-1, 2)
+        if not len(self.examples):
+            raise ValueError("no user has two training items, so there is nothing to learn from")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0)
+        self.seed = seed
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later :meth:`load_state_dict` needs to go on to the same bits."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "reference": self.reference.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.reference.load_state_dict(state["reference"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """``(history [B, T], targets [B])`` of this step; a function of seed and step alone."""
+        rng = np.random.default_rng((self.seed, self.step))
+        rows = rng.integers(len(self.examples), size=self.config.users)
+        chosen = [(self.train[u], t) for u, t in self.examples[rows]]
+        history = self.model.pad([sequence[:t] for sequence, t in chosen])
+        targets = torch.tensor([int(sequence[t]) for sequence, t in chosen])
+        return history.to(self.device), targets.to(self.device)
+
+    @torch.no_grad()
+    def rollout(self, history: Tensor, targets: Tensor) -> Rollout:
+        """Lets the policy write a list for each history and rewards it.
+
+        The item taken joins each list that lacks it, in the place of the last: without it a list of
+        misses would teach only what to avoid.  Its score is the policy's own, like the others'.
+        """
+        self.model.eval()
+        B, G = len(history), self.config.candidates
+        state = self.model.encode(history)
+        found = beam_search(
+            self.model.step_fn(state), self.trie, G, users=B, softmax=self.model.softmax
+        )
+        items, codes, scores = found.items.clone(), found.codes.clone(), found.scores.clone()
+        target_codes = self.model.codes[targets]
+        # Items that share the target's path are hits too.
+        same = (codes == target_codes.unsqueeze(1)).all(-1)
+        items = torch.where(same, targets.unsqueeze(1), items)
+        missing = ~same.any(-1)
+        items[missing, -1] = targets[missing]
+        codes[missing, -1] = target_codes[missing]
+        rows = codes.flatten(0, 1).clamp(min=0)
+        tokens = rows + self.model.level_offsets
+        mask = (items >= 0).flatten().unsqueeze(-1).expand_as(tokens)
+        nodes = self.trie.nodes_of(rows)
+        old, _ = self._score(self.model, state, rows, tokens, nodes, mask)
+        ref, _ = self._score(
+            self.reference, self.reference.encode(history), rows, tokens, nodes, mask
+        )
+        scores[missing, -1] = old.sum(-1).view(B, G)[missing, -1]
+        rewards = rewards_of(items, codes, targets, self.counts, self.config.cold_count)
+        weights = torch.tensor(self.config.weights, device=self.device)
+        advantages = decoupled_advantages(rewards, weights, clamp=5.0)
+        return Rollout(
+            history,
+            rows,
+            tokens,
+            nodes,
+            mask,
+            old,
+            ref,
+            advantages.flatten(),
+            list_entropy(scores).repeat_interleave(G),
+            self.potential[items.clamp(min=0)].flatten(),
+            rewards,
+        )
+
+    def _logits(self, model: CompactRecommender, state: Tensor, rows: Tensor) -> Tensor:
+        repeated = state.repeat_interleave(len(rows) // len(state), 0)
+        return model.logits(repeated, rows)
+
+    def _score(
+        self,
+        model: CompactRecommender,
+        state: Tensor,
+        rows: Tensor,
+        tokens: Tensor,
+        nodes: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._logits(model, state, rows)
+        return token_logps(logits, tokens, mask=mask, **self._support(logits, nodes))
+
+    def _support(self, logits: Tensor, nodes: Tensor) -> dict[str, Any]:
+        """The scoring operators' support that equals the decoder's softmax."""
+        if self.model.softmax == "children":
+            return {"trie": self.trie, "nodes": nodes}
+        return {"ranges": self.trie.ranges(logits.shape[-1])}
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: up over the first tenth, then straight down to 0."""
+        warm = max(1, self.config.steps // 10)
+        up = min(1.0, (step + 1) / warm)
+        return self.config.rate * up * (1 - step / max(1, self.config.steps))
+
+    def train_step(self) -> dict[str, float]:
+        """One batch of lists and its updates; returns what to watch."""
+        config = self.config
+        history, targets = self.batch()
+        lists = self.rollout(history, targets)
+        sage = SageConfig(**{**vars(config.sage), "kl_weight": config.kl_weight})
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate_at(self.step)
+        total = 0.0
+        for _ in range(config.updates):
+            # Dropout stays off: its noise would enter the importance ratio.
+            logits = self._logits(self.model, self.model.encode(lists.history), lists.codes)
+            loss, stats = sage_loss(
+                logits,
+                lists.tokens,
+                lists.old_logps,
+                lists.advantages,
+                mask=lists.mask,
+                entropy=lists.entropy,
+                boost=lists.boost,
+                ref_logps=lists.ref_logps,
+                config=sage,
+                return_stats=True,
+                inplace_grad=True,
+                **self._support(logits, lists.nodes),
+            )
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            self.optimizer.step()
+            total += loss.item()
+        self.step += 1
+        hit, _, _, diversity = lists.rewards.nanmean((0, 1)).tolist()
+        return {
+            "loss": total / config.updates,
+            "ratio": stats.ratio.item(),
+            "capped_positive": stats.capped_positive.item(),
+            "capped_negative": stats.capped_negative.item(),
+            "kl": stats.kl.item(),
+            "entropy": stats.entropy.item(),
+            "list_entropy": lists.entropy.mean().item(),
+            "diversity": diversity,
+        }
+
+    def run(
+        self,
+        *,
+        stop: Callable[[], bool],
+        progress: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        """Steps until the configured number is done or ``stop()`` says so."""
+        while self.step < self.config.steps and not stop():
+            progress(self.step, self.train_step())
