@@ -21,7 +21,8 @@ void* current_stream(int32_t device) {
   }();
   void* stream = nullptr;
   if (find == nullptr || find(device, &stream) != 0)
-    throw std::runtime_error("torch's current CUDA stream is not to be had: this torch has no CUDA");
+    throw std::runtime_error(
+        "torch's current CUDA stream is not to be had: this torch has no CUDA");
   return stream;
 }
 

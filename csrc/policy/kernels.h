@@ -19,6 +19,7 @@ struct Support {
   const int32_t* columns = nullptr;  // [M], the lists that begin and end point into
   const int64_t* begin = nullptr;    // [N, T]
   const int64_t* end = nullptr;      // [N, T]
+  int64_t num_columns = 0;           // M
 };
 
 struct Scores {
@@ -97,7 +98,7 @@ struct ScaleArgs {
 
 // Adds in the order of the sequences, in double: the same bits every time.
 struct SumArgs {
-  DType dtype = DType::f32;      // f32 or f64
+  DType dtype = DType::f32;  // f32 or f64
   int64_t N = 0;
   const void* values = nullptr;  // S [N]
   void* total = nullptr;         // S []

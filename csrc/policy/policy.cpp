@@ -167,6 +167,7 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   s.support.columns = data_or_null<int32_t>(rows.columns);
   s.support.begin = data_or_null<int64_t>(rows.begin);
   s.support.end = data_or_null<int64_t>(rows.end);
+  s.support.num_columns = rows.columns ? rows.columns->numel() : 0;
   s.inv_temperature = 1 / temperature;
   check_indices(rows, validate);
   return rows;
@@ -189,7 +190,7 @@ void check_indices(const Rows& rows, bool validate) {
       require(0 <= start && start <= end && end <= s.V, "ranges[", t, "] must satisfy 0 <= start",
               " <= end <= V = ", s.V, ", got [", start, ", ", end, ")");
     }
-  const int64_t M = rows.columns ? rows.columns->numel() : 0;
+  const int64_t M = u.num_columns;
   for (int64_t r = 0; r < s.N * s.T; ++r) {
     if (s.mask != nullptr && !s.mask[r]) continue;
     const int64_t token = s.tokens[r];

@@ -6,6 +6,7 @@
 // written while the rows are still in cache.  No table of log-probabilities and
 // no mask of vocabulary width exists.
 #include "common/row.h"
+#include "policy/advantages.h"
 #include "policy/kernels.h"
 #include "policy/sequence.h"
 
@@ -186,52 +187,15 @@ void sum(const SumArgs& a) {
   *static_cast<S*>(a.total) = static_cast<S>(total);
 }
 
-// Mean and standard deviation of the values at i = 0 .. n - 1 that `value`
-// gives, NaN left out.  Two passes: one pass loses the digits that matter.
-struct Spread {
-  double mean, deviation;
-};
-template <class Value>
-Spread spread(int64_t n, bool unbiased, const Value& value) {
-  double sum = 0, squares = 0;
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i)
-    if (const double x = value(i); x == x) sum += x, ++count;
-  if (count == 0) return {0, 0};
-  const double mean = sum / count;
-  for (int64_t i = 0; i < n; ++i)
-    if (const double x = value(i); x == x) squares += (x - mean) * (x - mean);
-  const int64_t divisor = unbiased ? count - 1 : count;
-  return {mean, divisor > 0 ? std::sqrt(squares / divisor) : 0};
-}
-
 template <class S>
 void advantages(const AdvantagesArgs& a) {
   const S* rewards = static_cast<const S*>(a.rewards);
   const S* weights = static_cast<const S*>(a.weights);
   S* out = static_cast<S*>(a.advantages);
   const int64_t N = a.B * a.G;
-  for (int64_t n = 0; n < N; ++n) out[n] = 0;
-  for (int64_t b = 0; b < a.B; ++b)
-    for (int64_t m = 0; m < a.M; ++m) {
-      const S* column = rewards + b * a.G * a.M + m;
-      const Spread group =
-          spread(a.G, a.unbiased, [&](int64_t g) -> double { return column[g * a.M]; });
-      if (!(group.deviation >= kNoSpread)) continue;
-      for (int64_t g = 0; g < a.G; ++g)
-        if (const S x = column[g * a.M]; x == x)
-          out[b * a.G + g] +=
-              static_cast<S>(weights[m] * ((x - group.mean) / (group.deviation + kSpreadFloor)));
-    }
+  for (int64_t b = 0; b < a.B; ++b) group_advantages(a, b, rewards, weights, out);
   const Spread batch = spread(N, a.unbiased, [&](int64_t n) -> double { return out[n]; });
-  for (int64_t n = 0; n < N; ++n) {
-    bool applies = false;  // a row that no objective applies to gets exactly 0
-    for (int64_t m = 0; m < a.M; ++m)
-      applies = applies || rewards[n * a.M + m] == rewards[n * a.M + m];
-    const S x = static_cast<S>((out[n] - batch.mean) / (batch.deviation + kSpreadFloor));
-    const S limit = static_cast<S>(a.clamp);
-    out[n] = !applies ? S(0) : limit > 0 ? clamp_keep_nan(x, -limit, limit) : x;
-  }
+  for (int64_t n = 0; n < N; ++n) out[n] = batch_advantage(a, n, rewards, out[n], batch);
 }
 
 // Calls f<T>() for the element type that `type` names.
@@ -275,8 +239,9 @@ void advantages_any(const AdvantagesArgs& a) {
 
 // Declared in policy.cpp for each instruction set that was built.
 extern const policy::CpuKernels policy_kernels;
-const policy::CpuKernels policy_kernels{
-    token_logps_any, token_logps_backward_any, sage_loss_any, sage_loss_from_logps_any,
-    scale_any,       sum_any,                  advantages_any};
+const policy::CpuKernels policy_kernels{token_logps_any, token_logps_backward_any,
+                                        sage_loss_any,   sage_loss_from_logps_any,
+                                        scale_any,       sum_any,
+                                        advantages_any};
 
 }  // namespace genrec::GENREC_ISA

@@ -18,7 +18,7 @@ GENREC_HD bool counts(const bool* mask, int64_t i) { return mask == nullptr || m
 // derivative of the scaled loss by each log-probability.
 template <class S, class Logp, class Slope>
 GENREC_HD void sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy, const Logp& logp,
-                   const Slope& slope) {
+                             const Slope& slope) {
   const S* old = static_cast<const S*>(a.old_logps) + n * a.T;
   const S* ref = a.ref_logps ? static_cast<const S*>(a.ref_logps) + n * a.T : nullptr;
   const ObjectiveConfig& k = a.objective;
