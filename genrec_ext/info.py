@@ -7,11 +7,11 @@ are missing or broken.
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
     use), ``devices``, ``operators`` (whether they are usable) and ``problems``.
     """
     facts: dict[str, Any] = {
-        "genrec": importlib.metadata.version("genrec-ext"),
+        "genrec": runpy.run_path(str(FOLDER / "_version.py"))["__version__"],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": None,

@@ -1,0 +1,23 @@
+"""The training loop: stages, checkpoints, evaluation and report.
+
+Needs the ``[train]`` extra.  Imports models, tokenizers, decoding, data and metrics; the command
+line imports it.
+"""
+
+from .config import TrainConfig
+from .loop import summary, train
+from .rl import RLConfig, SageTrainer
+from .run import evaluate, recommend
+from .sft import SFTConfig, SFTTrainer
+
+__all__ = [
+    "RLConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "SageTrainer",
+    "TrainConfig",
+    "evaluate",
+    "recommend",
+    "summary",
+    "train",
+]

@@ -1,0 +1,389 @@
+"""The training run: data, tokens, sft, rl, evaluation, report.
+
+Everything that a run does in order, with its clock, its checkpoints and its files; the stages
+themselves are in ``sft`` and ``rl``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__, baselines, tokenizers
+from ..data import Interactions, Split, generate, leave_one_out
+from ..models import CompactRecommender
+from . import checkpoint, evaluation, report
+from . import run as run_module
+from .config import TrainConfig
+from .rl import SageTrainer
+from .sft import SFTTrainer
+
+METRIC = "recall@10"
+CHECKPOINT = "checkpoint.pt"
+# Shares of a time budget: what the sft stage leaves for rl, and what both leave for evaluation.
+_RL_SHARE, _END_SHARE = 0.2, 0.06
+_SAVE_SECONDS = 15.0
+_VALIDATIONS = 14  # of the sft stage, evenly spread
+_RL_VALIDATIONS = 5
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains, evaluates and writes a run folder.
+
+    Writes ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt`` and ``report.html``
+    into ``config.out``, and returns the content of ``metrics.json``: ``test`` (the kept model's
+    figures), ``stages`` (for each: ``valid`` and ``test`` figures, steps, seconds), ``baselines``,
+    for the generated catalogue ``best_possible``, ``seconds`` and ``config``.
+
+    Raises:
+        DataError: the data cannot be read.
+        CheckpointError: ``resume`` finds a checkpoint of another run.
+        ImportError: the ``[train]`` extra is not installed.
+    """
+    for module in ("matplotlib", "tqdm"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
+    return _Training(config).run()
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The result of a run for a terminal."""
+    return report.text_table(metrics)
+
+
+class _Training:
+    """One run and its clock."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.folder = Path(config.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        self.best_possible: dict[str, Any] | None = None
+        self.data = self._open()
+        self.split: Split = leave_one_out(self.data)
+        self.counts = self.split.train_counts()
+        self.source = {
+            "path": run_module.GENERATED if config.data is None else str(config.data),
+            "index": config.index,
+            "seed": config.seed,
+            "fingerprint": self.data.fingerprint(),
+        }
+        codes = self.data.codes
+        if codes is None:
+            codes = tokenizers.tokenize(self.data, self.split, seed=config.seed)
+        self.group = evaluation.collision_groups(codes)
+        self.model = CompactRecommender(
+            config.model,
+            codes,
+            [int(size) for size in codes.max(0) + 1],
+            self._features(),
+            seed=config.seed,
+        ).to(self.device)
+        self.trie = self.model.trie()
+        self.stages: dict[str, Any] = {}
+        self.log: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # the state with the best validation, its figures
+        self.earlier = 0.0  # seconds of the runs that this one resumes
+        self.saved = 0.0
+
+    # ---- what a run starts from ----
+
+    def _open(self) -> Interactions:
+        if self.config.data is None:
+            catalogue = generate(self.config.seed)
+            split = leave_one_out(catalogue.data)
+            self.best_possible = evaluation.figures(
+                catalogue.best_items(10), split.test_targets, split, None
+            )
+            return catalogue.data
+        return run_module.open_data(self.config.data, self.config.index, self.config.seed)
+
+    def _features(self) -> torch.Tensor | None:
+        """Item vectors from texts and from training co-visits, side by side."""
+        config, parts = self.config, []
+        if config.text_features and self.data.texts is not None and any(self.data.texts):
+            if importlib.util.find_spec("sklearn") is None:
+                raise ImportError("scikit-learn is missing; run `pip install genrec-ext[train]`")
+            parts.append(
+                tokenizers.text_embeddings(self.data.texts, config.text_features, config.seed)
+            )
+        if config.covisitation_features:
+            parts.append(
+                tokenizers.covisitation_embeddings(
+                    self.split.train, self.data.num_items, config.covisitation_features, config.seed
+                )
+            )
+        return torch.cat(parts, 1) if parts else None
+
+    # ---- clock, log and checkpoint ----
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of the whole run, resumed parts included."""
+        return self.earlier + time.monotonic() - self.started
+
+    def left(self, share_kept: float) -> float:
+        """Seconds until only that share of the budget is left; infinite without a budget."""
+        if self.config.minutes is None:
+            return float("inf")
+        return self.config.minutes * 60 * (1 - share_kept) - self.seconds()
+
+    def note(self, **line: Any) -> None:
+        """A line of ``metrics.jsonl``."""
+        line["seconds"] = round(self.seconds(), 2)
+        self.log.append(line)
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to resume the other."""
+        content = self.config.as_json()
+        for free in ("out", "data", "minutes", "resume", "device"):
+            del content[free]
+        return {"config": json.dumps(content, sort_keys=True), "data": self.source["fingerprint"]}
+
+    def save(self, stage: str, trainer: Any, *, force: bool = False) -> None:
+        """A checkpoint from which the run goes on to the same bits; at most one every 15 s."""
+        if not force and self.seconds() - self.saved < _SAVE_SECONDS:
+            return
+        self.saved = self.seconds()
+        checkpoint.save(
+            self.folder / CHECKPOINT,
+            {
+                "identity": self.identity(),
+                "stage": stage,
+                "trainer": trainer.state_dict(),
+                "best": self.best,
+                "stages": self.stages,
+                "log": self.log,
+                "seconds": self.seconds(),
+            },
+        )
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        (self.folder / "metrics.jsonl").write_text(lines)
+
+    def restored(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None."""
+        path = self.folder / CHECKPOINT
+        if not self.config.resume:
+            path.unlink(missing_ok=True)
+            return None
+        if not path.exists():
+            return None
+        content = checkpoint.load(path, self.device)
+        if content["identity"] != self.identity():
+            raise checkpoint.CheckpointError(
+                f"{path}: written by a run with other settings or data; repeat that run's options "
+                "or leave out --resume"
+            )
+        self.best, self.stages = content["best"], content["stages"]
+        self.log, self.earlier = content["log"], content["seconds"]
+        self.started = time.monotonic()
+        return content
+
+    # ---- validation ----
+
+    def validate(self, stage: str, step: int) -> bool:
+        """Validates, keeps the state if it is the best so far, and says so."""
+        items = evaluation.rank(self.model, self.trie, self.split.valid_histories())
+        figures = evaluation.figures(items, self.split.valid_targets, self.split, self.group)
+        self.note(stage=stage, step=step, valid=figures)
+        better = self.best is None or figures[METRIC] > self.best["valid"][METRIC]
+        if better:
+            state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best = {"stage": stage, "step": step, "valid": figures, "state": state}
+        return better
+
+    def finish_stage(self, stage: str, steps: int, seconds: float) -> None:
+        """Goes back to the best state so far and takes its test figures."""
+        assert self.best is not None
+        self.model.load_state_dict(self.best["state"])
+        items = evaluation.rank(self.model, self.trie, self.split.test_histories())
+        self.stages[stage] = {
+            "valid": self.best["valid"],
+            "test": evaluation.figures(items, self.split.test_targets, self.split, self.group),
+            "steps": steps,
+            "seconds": round(seconds, 2),
+            "kept": {"stage": self.best["stage"], "step": self.best["step"]},
+        }
+
+    # ---- the stages ----
+
+    def run(self) -> dict[str, Any]:
+        restored = self.restored()
+        if "sft" not in self.stages:
+            self.sft(restored)
+            restored = None
+        if "rl" in self.config.stages and "rl" not in self.stages:
+            self.rl(restored)
+        return self.finish()
+
+    def sft(self, restored: dict[str, Any] | None) -> None:
+        from tqdm import tqdm
+
+        trainer = SFTTrainer(
+            self.model, self.split.train, self.config.sft_settings(), seed=self.config.seed
+        )
+        if restored is not None:
+            trainer.load_state_dict(restored["trainer"])
+        reserve = _END_SHARE + (_RL_SHARE if "rl" in self.config.stages else 0.0)
+        began, first_epoch = self.seconds(), trainer.epoch
+        stale = self._stale_validations()
+        bar = tqdm(
+            total=trainer.epochs * trainer.epoch_steps,
+            initial=trainer.step,
+            desc="sft",
+            unit="step",
+            mininterval=1.0,
+        )
+
+        def progress(_: int, parts: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{parts['loss']:.3f}", epoch=trainer.epoch, refresh=False)
+
+        while not trainer.done and stale < self.config.patience:
+            losses = trainer.train_epoch(stop=lambda: self.left(reserve) <= 0, progress=progress)
+            if losses:
+                self.note(stage="sft", step=trainer.step, epoch=trainer.epoch, **losses)
+            # Plan for the budget by the pace so far, validations included.
+            pace = (self.seconds() - began) / max(trainer.epoch - first_epoch, 1)
+            out_of_time = self.left(reserve) <= 0
+            if self.left(reserve) < pace * (trainer.epochs - trainer.epoch):
+                trainer.shorten(trainer.epoch + int(self.left(reserve) / pace))
+                bar.total = trainer.epochs * trainer.epoch_steps
+            every = max(1, trainer.epochs // _VALIDATIONS)
+            if trainer.done or out_of_time or trainer.epoch % every == 0:
+                stale = 0 if self.validate("sft", trainer.step) else stale + 1
+                bar.set_description(f"sft, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
+            self.save("sft", trainer)
+            if out_of_time:
+                break
+        bar.close()
+        self.finish_stage("sft", trainer.step, self.seconds() - began)
+        self.save("sft", trainer, force=True)
+
+    def _stale_validations(self) -> int:
+        """Validations since the best one, from the log: what patience has already been spent."""
+        if self.best is None:
+            return 0
+        steps = [line["step"] for line in self.log if line["stage"] == "sft" and "valid" in line]
+        return sum(step > self.best["step"] for step in steps)
+
+    def rl(self, restored: dict[str, Any] | None) -> None:
+        from tqdm import tqdm
+
+        trainer = SageTrainer(
+            self.model, self.trie, self.split.train, self.counts, self.config.rl, self.config.seed
+        )
+        if restored is not None and restored["stage"] == "rl":
+            trainer.load_state_dict(restored["trainer"])
+        began = self.seconds()
+        every = max(1, self.config.rl.steps // _RL_VALIDATIONS)
+        bar = tqdm(
+            total=self.config.rl.steps,
+            initial=trainer.step,
+            desc="rl",
+            unit="step",
+            mininterval=1.0,
+        )
+
+        def progress(_: int, figures: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix(
+                loss=f"{figures['loss']:.3f}", ratio=f"{figures['ratio']:.3f}", refresh=False
+            )
+            self.note(stage="rl", step=trainer.step, **figures)
+
+        def stop() -> bool:
+            return self.left(_END_SHARE) <= 0
+
+        while trainer.step < self.config.rl.steps and not stop():
+            end = min(self.config.rl.steps, (trainer.step // every + 1) * every)
+            trainer.run(stop=lambda end=end: trainer.step >= end or stop(), progress=progress)
+            self.validate("rl", trainer.step)
+            bar.set_description(f"rl, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
+            self.save("rl", trainer)
+        bar.close()
+        self.finish_stage("rl", trainer.step, self.seconds() - began)
+        self.save("rl", trainer, force=True)
+
+    # ---- what a run leaves behind ----
+
+    def baselines(self) -> dict[str, Any]:
+        histories = self.split.test_histories()
+        return {
+            name: evaluation.figures(
+                baseline(self.split.train, histories, self.data.num_items, 10),
+                self.split.test_targets,
+                self.split,
+                None,
+            )
+            for name, baseline in (
+                ("popularity", baselines.popularity),
+                ("covisitation", baselines.covisitation),
+            )
+        }
+
+    def finish(self) -> dict[str, Any]:
+        last = self.stages[[stage for stage in self.config.stages if stage in self.stages][-1]]
+        metrics: dict[str, Any] = {
+            "test": last["test"],
+            "stages": self.stages,
+            "baselines": self.baselines(),
+        }
+        if self.best_possible is not None:
+            metrics["best_possible"] = self.best_possible
+        run_module.save(self.folder, self.model, self.data, self.source)
+        metrics["seconds"] = round(self.seconds(), 2)
+        metrics["config"] = {
+            "name": self.data.name,
+            **self.config.as_json(),
+            "fingerprint": self.source["fingerprint"],
+            "level_sizes": self.model.level_sizes,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "genrec": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
+        histories = self.split.test_histories()
+        items = evaluation.rank(self.model, self.trie, histories)
+        report.write(
+            self.folder / "report.html",
+            metrics,
+            self.log,
+            items,
+            self.counts,
+            self.split.test_targets,
+            self._examples(histories, items),
+        )
+        checkpoint.save_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    def _examples(
+        self, histories: list[np.ndarray], items: np.ndarray
+    ) -> list[tuple[list[str], list[str], str]]:
+        """Six users for the report: the first three that were hit, and three at random."""
+        names = copy.copy(self.data.item_ids)
+        if self.data.titles is not None:
+            names = [t or i for t, i in zip(self.data.titles, self.data.item_ids, strict=True)]
+        targets = self.split.test_targets
+        hits = np.flatnonzero((items[:, :5] == targets[:, None]).any(1))[:3]
+        rng = np.random.default_rng(self.config.seed)
+        users = [*hits, *rng.choice(len(targets), size=min(3, len(targets)), replace=False)]
+        return [
+            (
+                [names[i] for i in histories[u][-4:]],
+                [names[i] for i in items[u, :5] if i >= 0],
+                names[targets[u]],
+            )
+            for u in users
+        ]

@@ -1,0 +1,149 @@
+"""A saved run: the model with all that recommending and evaluating need, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import data as data_module
+from ..data import Interactions
+from ..models import CompactConfig, CompactRecommender
+from ..trie import Trie
+from . import checkpoint, evaluation
+
+MODEL_FILE = "model.pt"
+GENERATED = "generated"
+
+
+@dataclass
+class Run:
+    """What ``model.pt`` holds, ready to use."""
+
+    model: CompactRecommender
+    trie: Trie
+    item_ids: list[str]
+    titles: list[str] | None
+    source: dict[str, Any]
+    """Where the data were: path, index, seed and fingerprint."""
+
+
+def save(folder: Path, model: CompactRecommender, data: Interactions, source: dict[str, Any]) -> None:
+    """Writes ``model.pt`` into a run folder."""
+    checkpoint.save(
+        folder / MODEL_FILE,
+        {
+            "model": model.state_dict(),
+            "config": dataclasses.asdict(model.config),
+            "level_sizes": model.level_sizes,
+            "item_ids": data.item_ids,
+            "titles": data.titles,
+            "source": source,
+        },
+    )
+
+
+def load(folder: str | Path, device: str = "cpu") -> Run:
+    """Opens a run folder.
+
+    Raises:
+        CheckpointError: there is no usable ``model.pt``.
+    """
+    content = checkpoint.load(Path(folder) / MODEL_FILE)
+    state = content["model"]
+    model = CompactRecommender(
+        CompactConfig(**content["config"]),
+        state["items.codes"],
+        content["level_sizes"],
+        state.get("items.features"),
+    )
+    model.load_state_dict(state)
+    model.to(device).eval()
+    return Run(model, model.trie(), content["item_ids"], content["titles"], content["source"])
+
+
+def open_data(path: str | Path | None, index: str | None, seed: int) -> Interactions:
+    """The data of a run: a path, or the generated catalogue."""
+    if path is None or str(path) == GENERATED:
+        return data_module.generate(seed).data
+    return data_module.load(path, index=index, seed=seed)
+
+
+def evaluate(
+    folder: str | Path, *, data: str | Path | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """The test figures of a run, made again from its model and the data.
+
+    Args:
+        folder: the run folder.
+        data: the run's data; default: where they were when it was trained.
+        device: where to decode.
+
+    Returns:
+        The same dict as ``metrics.json``'s ``test``, to the last digit on the same device.
+
+    Raises:
+        ValueError: the data are not those that the run was trained on.
+    """
+    run = load(folder, device)
+    source = run.source
+    found = open_data(data or source["path"], source["index"], source["seed"])
+    if found.fingerprint() != source["fingerprint"]:
+        raise ValueError(
+            f"data: {data or source['path']} is not what {folder} was trained on (fingerprint "
+            f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
+        )
+    split = data_module.leave_one_out(found)
+    items = evaluation.rank(run.model, run.trie, split.test_histories())
+    group = evaluation.collision_groups(run.model.codes.cpu().numpy())
+    return evaluation.figures(items, split.test_targets, split, group)
+
+
+def recommend(
+    folder: str | Path, history: Sequence[str], k: int = 10, *, unseen: bool = False
+) -> list[dict[str, Any]]:
+    """The best items after a history.
+
+    Args:
+        folder: the run folder.
+        history: the data's own item ids, oldest first; empty for a new user.
+        k: how many.
+        unseen: leave out the items of the history.
+
+    Returns:
+        A dict an item, best first: ``item`` (id), ``title`` (or None) and ``score``, the
+        log-probability of its semantic ID.  Items that share one are listed together.
+
+    Raises:
+        ValueError: an id is none of the catalogue's.
+    """
+    run = load(folder)
+    place = {key: i for i, key in enumerate(run.item_ids)}
+    keys = [key.strip() for key in history if key.strip()]
+    unknown = [key for key in keys if key not in place]
+    if unknown:
+        raise ValueError(
+            f"history: unknown item ids {', '.join(unknown[:5])}; the catalogue has "
+            f"{len(run.item_ids)} items such as {', '.join(run.item_ids[:3])}"
+        )
+    items = np.array([place[key] for key in keys], dtype=np.int64)
+    forbidden = torch.zeros(len(run.item_ids), dtype=torch.bool)
+    if unseen:
+        forbidden[items] = True
+    found = evaluation.decode(
+        run.model, run.trie, [items], max(k, evaluation.WIDTH), forbidden if unseen else None
+    )
+    result: list[dict[str, Any]] = []
+    for leaf, score in zip(found.leaves[0].tolist(), found.scores[0].tolist(), strict=True):
+        if leaf < 0:
+            break
+        for item in run.trie.items_of(leaf).tolist():
+            if not forbidden[item]:
+                title = run.titles[item] if run.titles else None
+                result.append({"item": run.item_ids[item], "title": title, "score": score})
+    return result[:k]

@@ -1,0 +1,264 @@
+"""The `sft` stage: cross-entropy training on all positions of every history at once.
+
+Turns training sequences into batches, and batches into optimiser steps. Reads no clock, writes no
+file and prints nothing: whoever calls decides when to stop, validate and save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models import CompactRecommender
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of the stage; docs/model.md has what each brought.
+
+    Attributes:
+        epochs: passes over the training sequences.
+        users: sequences a batch.
+        rate: highest learning rate of AdamW, after a linear warm-up; a cosine then leads down to a
+            hundredth of it.
+        warmup: share of all steps that the warm-up takes.
+        weight_decay: of matrices and embeddings; biases and norms have none.
+        horizon: a position's target is one of the next `horizon` items of the sequence, the k-th
+            with probability proportional to `horizon_decay ** k`, drawn anew every epoch. On sparse
+            data what follows soon is nearly as good a witness as what follows next.
+        horizon_decay: in (0, 1).
+        clip_norm: largest norm of a gradient.
+    """
+
+    epochs: int = 28
+    users: int = 128
+    rate: float = 3e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    horizon: int = 5
+    horizon_decay: float = 0.5
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "users", "horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
+        for name in ("warmup", "horizon_decay"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 0 < {name} < 1")
+        for name in ("rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay}; expected 0 or more")
+
+
+class Windows:
+    """Training sequences cut into pieces that the model can read, padded on the left.
+
+    A sequence of at most `max_history + 1` items stays whole. A longer one is cut so that each of
+    its items but the first is a target once, with at least half a history before it.
+
+    Args:
+        sequences: int64 item ids, one array a user; shorter than two items teach nothing.
+        max_history: the model's.
+
+    Raises:
+        ValueError: no sequence has two items.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], max_history: int) -> None:
+        pieces, context = [], []
+        advance = (max_history + 1) // 2
+        for sequence in sequences:
+            end = min(len(sequence), max_history + 1)
+            if end >= 2:
+                pieces.append(sequence[:end])
+                context.append(0)
+            while end < len(sequence):
+                taken = min(advance, len(sequence) - end)
+                end += taken
+                pieces.append(sequence[end - max_history - 1 : end])
+                context.append(max_history - taken)
+        if not pieces:
+            raise ValueError("no user has two training items, so there is nothing to learn from")
+        self.lengths = np.array([len(piece) for piece in pieces])
+        self._context = np.array(context)
+        self._items = np.full((len(pieces), self.lengths.max()), -1, dtype=np.int64)
+        for row, piece in enumerate(pieces):
+            self._items[row, self._items.shape[1] - len(piece) :] = piece
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def batches(self, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """All windows in batches of about equal length, in random order."""
+        # A jitter of a few items: batches waste little on padding, yet differ every epoch.
+        order = np.argsort(self.lengths + 3 * rng.random(len(self)), kind="stable")
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    def batch(
+        self, rows: np.ndarray, horizon: int, decay: float, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """History and drawn targets of some windows.
+
+        Args:
+            rows: `[B]`, which windows.
+            horizon, decay: as in :class:`SFTConfig`.
+            rng: draws the targets.
+
+        Returns:
+            `(history, targets)`, each int64 `[B, T]`, -1 where there is none.
+        """
+        longest = int(self.lengths[rows].max())
+        items = self._items[rows, self._items.shape[1] - longest :]
+        history = items[:, :-1]
+        place = np.arange(longest - 1)
+        farthest = np.minimum(horizon, longest - 1 - place)
+        # The geometric distribution cut off at the farthest, by inverting its distribution.
+        share = rng.random(history.shape) * (1 - decay**farthest)
+        ahead = 1 + np.floor(np.log1p(-share) / math.log(decay)).astype(np.int64)
+        ahead = np.minimum(ahead, farthest)  # rounding at the upper end
+        targets = np.take_along_axis(items, place + ahead, axis=1)
+        first = longest - self.lengths[rows] + self._context[rows]
+        targets[place < first[:, None]] = -1
+        return torch.from_numpy(history.copy()), torch.from_numpy(targets)
+
+
+class SFTTrainer:
+    """Trains a model in place, epoch by epoch.
+
+    Every step is a function of the seed, the step's number and the state: a run that is saved by
+    :meth:`state_dict` at any step, and loaded, goes on to the same bits. Torch's global generator
+    is left as it was.
+
+    Args:
+        model: the model, on its device.
+        train: int64 item ids, one array a user.
+        config: the stage's settings.
+        seed: of batches, targets and dropout.
+
+    Raises:
+        ValueError: no user has two training items.
+    """
+
+    def __init__(
+        self,
+        model: CompactRecommender,
+        train: Sequence[np.ndarray],
+        config: SFTConfig,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.config, self.seed = model, config, seed
+        self.device = next(model.parameters()).device
+        self.windows = Windows(train, model.config.max_history)
+        self.epoch_steps = math.ceil(len(self.windows) / config.users)
+        self.epochs = config.epochs
+        self.step = 0
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.epoch_steps
+
+    @property
+    def done(self) -> bool:
+        return self.epoch >= self.epochs
+
+    def shorten(self, epochs: int) -> None:
+        """Plans for at most `epochs` in all, so that the learning rate comes down in time.
+
+        For callers that find a time budget too small for the epochs configured; never plans for
+        more, nor for fewer than are begun.
+        """
+        begun = math.ceil(self.step / self.epoch_steps)
+        self.epochs = min(self.epochs, max(epochs, begun, 1))
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        share = (step + 1) / (self.epochs * self.epoch_steps)
+        up = min(1.0, share / self.config.warmup)
+        down = max(0.0, (share - self.config.warmup) / (1 - self.config.warmup))
+        return self.config.rate * up * max(0.01, 0.5 * (1 + math.cos(math.pi * down)))
+
+    def train_epoch(
+        self,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, dict[str, float]], None] = lambda step, parts: None,
+    ) -> dict[str, float]:
+        """Trains to the end of the epoch; goes on inside it after a stop or a load.
+
+        Args:
+            stop: asked before each step; True ends the call.
+            progress: given the steps done so far and the step's losses.
+
+        Returns:
+            Means of the losses over the steps of this call; empty where there was none.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        self.model.train()
+        epoch, total, steps = self.epoch, dict[str, float](), 0
+        batches = self.windows.batches(self.config.users, np.random.default_rng((self.seed, epoch)))
+        while self.epoch == epoch and not self.done and not stop():
+            parts = self._train_step(batches[self.step % self.epoch_steps])
+            for name, value in parts.items():
+                total[name] = total.get(name, 0.0) + value
+            steps += 1
+            progress(self.step, parts)
+        return {name: value / steps for name, value in total.items()}
+
+    def _train_step(self, rows: np.ndarray) -> dict[str, float]:
+        # Three numbers, where an epoch's order has two: no draw is shared.
+        rng = np.random.default_rng((self.seed, self.step, 1))
+        history, targets = self.windows.batch(
+            rows, self.config.horizon, self.config.horizon_decay, rng
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate_at(self.step)
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(int(rng.integers(2**62)))
+            loss, parts = self.model.sequence_loss(history.to(self.device), targets.to(self.device))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at sft step {self.step}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on to the same bits."""
+        return {
+            "step": self.step,
+            "epochs": self.epochs,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.epochs = state["step"], state["epochs"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

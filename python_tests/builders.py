@@ -1,0 +1,52 @@
+"""Small data sets on disk, for the tests of readers and of whatever reads through them.
+
+The only place where tests write data files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+USERS = {"u1": [0, 1, 2, 3], "u2": [3, 1, 4], "u3": [2, 0, 4, 1, 3]}
+TABLE = {
+    "0": ["<a_1>", "<b_0>"],
+    "1": ["<a_1>", "<b_2>"],
+    "2": ["<a_0>", "<b_0>"],
+    "3": ["<a_7>", "<b_5>"],
+    "4": ["<a_7>", "<b_1>"],
+    "5": ["<a_2>", "<b_2>"],
+}
+
+
+def write(path: Path, content: object) -> Path:
+    """Write bytes and text as they are, anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def write_inter(
+    folder: Path,
+    users: Mapping[str, Sequence[object]] | str = USERS,
+    *,
+    index: object = None,
+    items: object = None,
+    name: str = "Shop",
+) -> Path:
+    """`name.inter.json` and, where given, `name.index.json` and `name.item.json`; the folder."""
+    write(folder / f"{name}.inter.json", users)
+    if index is not None:
+        write(folder / f"{name}.index.json", index)
+    if items is not None:
+        write(folder / f"{name}.item.json", items)
+    return folder
+
+
+def write_lines(folder: Path, *lines: str, name: str = "Shop.txt") -> Path:
+    """An S3-Rec text file; its path."""
+    return write(folder / name, "".join(f"{line}\n" for line in lines))

@@ -1,0 +1,186 @@
+"""The sft stage: which targets its batches hold, and that a stopped run goes on unchanged."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genrec_ext.models import CompactConfig, CompactRecommender
+from genrec_ext.training.sft import SFTConfig, SFTTrainer, Windows
+
+ITEMS = 30
+
+
+def sequences(count=11, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(ITEMS)[: rng.integers(1, 12)] for _ in range(count)]
+
+
+def trainer(train=None, seed=0, **settings):
+    codes = np.stack(np.divmod(np.arange(ITEMS), 6), 1)
+    model = CompactRecommender(CompactConfig(width=8, max_history=6), codes, [5, 6])
+    config = SFTConfig(**{"epochs": 3, "users": 4, **settings})
+    return SFTTrainer(model, sequences() if train is None else train, config, seed=seed)
+
+
+def weights(trained):
+    return torch.cat([p.detach().flatten() for p in trained.model.parameters()])
+
+
+# ---- windows ----
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda x: max(x) > 1),
+    most=st.integers(1, 9),
+)
+def test_every_item_but_the_first_is_a_target_once(lengths, most):
+    starts = np.cumsum([0, *lengths])
+    train = [np.arange(start, start + size) for start, size in zip(starts, lengths, strict=False)]
+    windows = Windows(train, most)
+    rng = np.random.default_rng(0)
+    seen = []
+    for rows in windows.batches(3, rng):
+        history, targets = windows.batch(rows, 1, 0.5, rng)
+        assert history.shape == targets.shape and history.shape[1] <= most
+        wanted = targets >= 0
+        # Ids of a sequence are consecutive, so the target of an item is the next number.
+        assert torch.equal(targets[wanted], history[wanted] + 1)
+        seen += targets[wanted].tolist()
+    assert sorted(seen) == sorted(item for sequence in train for item in sequence[1:].tolist())
+
+
+def test_a_cut_leaves_half_a_history():
+    windows = Windows([np.arange(40)], 9)
+    rng = np.random.default_rng(0)
+    for row in range(1, len(windows)):
+        history, targets = windows.batch(np.array([row]), 1, 0.5, rng)
+        assert int((targets[0] >= 0).nonzero()[0]) >= 4
+        assert (history >= 0).all()
+
+
+def test_batches_hold_every_window_once_and_differ_by_epoch():
+    windows = Windows(sequences(50), 6)
+    first = windows.batches(8, np.random.default_rng(0))
+    second = windows.batches(8, np.random.default_rng(1))
+    assert sorted(np.concatenate(first).tolist()) == list(range(len(windows)))
+    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+    assert max(np.ptp(windows.lengths[rows]) for rows in first) < np.ptp(windows.lengths)
+
+
+def test_targets_follow_the_cut_geometric_distribution():
+    windows = Windows([np.arange(8)] * 40_000, 7)
+    rng = np.random.default_rng(0)
+    history, targets = windows.batch(np.arange(40_000), 3, 0.5, rng)
+    ahead = (targets - history).numpy()
+    share = np.stack([(ahead == k).mean(0) for k in (1, 2, 3)], 1)
+    expected = np.tile([4 / 7, 2 / 7, 1 / 7], (7, 1))
+    expected[5] = [2 / 3, 1 / 3, 0]
+    expected[6] = [1, 0, 0]
+    np.testing.assert_allclose(share, expected, atol=0.012)
+
+
+def test_nothing_to_learn_is_an_error():
+    with pytest.raises(ValueError, match="no user has two training items"):
+        Windows([np.array([1]), np.array([], dtype=np.int64)], 5)
+
+
+# ---- training ----
+
+
+def test_same_seed_same_weights_and_no_trace():
+    before = torch.get_rng_state()
+    runs = [trainer(seed=seed) for seed in (1, 1, 2)]
+    for run in runs:
+        run.train_epoch()
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert not torch.equal(weights(runs[0]), weights(runs[2]))
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_bits(at):
+    whole = trainer()
+    assert whole.epoch_steps == 4 or at < 4
+    while not whole.done:
+        whole.train_epoch()
+
+    stopped = trainer()
+    while stopped.step < at:
+        stopped.train_epoch(stop=lambda: stopped.step >= at)
+    state = copy.deepcopy(stopped.state_dict())
+    resumed = trainer()
+    torch.manual_seed(99)  # dropout must not depend on it
+    resumed.load_state_dict(state)
+    assert resumed.step == at
+    while not resumed.done:
+        resumed.train_epoch()
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_an_epoch_reports_its_steps_and_ends_where_it_should():
+    run = trainer(epochs=1)
+    steps, losses = [], []
+    means = run.train_epoch(
+        progress=lambda step, parts: (steps.append(step), losses.append(parts["loss"]))
+    )
+    assert steps == list(range(1, run.epoch_steps + 1))
+    assert means["loss"] == pytest.approx(np.mean(losses))
+    assert set(means) == {"loss", "level_0", "level_1", "item"}
+    assert run.done and run.epoch == 1
+    assert run.train_epoch() == {}
+
+
+def test_training_lowers_the_loss():
+    cycle = [np.arange(start, start + 6) % ITEMS for start in range(ITEMS)]
+    run = trainer(cycle, epochs=12, rate=2e-2, horizon=1)
+    first = run.train_epoch()["loss"]
+    while not run.done:
+        last = run.train_epoch()["loss"]
+    assert last < 0.6 * first
+
+
+def test_rate_rises_then_falls_and_shortening_brings_it_down_sooner():
+    run = trainer(epochs=20)
+    total = 20 * run.epoch_steps
+    rates = [run.rate_at(step) for step in range(total)]
+    peak = int(np.argmax(rates))
+    assert peak + 1 == pytest.approx(0.1 * total, abs=1)
+    assert max(rates) == pytest.approx(3e-3, rel=0.05)
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(3e-5, rel=0.01)
+    run.shorten(30)
+    assert run.epochs == 20
+    run.train_epoch()
+    run.shorten(5)
+    assert run.epochs == 5
+    assert run.rate_at(5 * run.epoch_steps - 1) == pytest.approx(3e-5, rel=0.01)
+    run.shorten(0)
+    assert run.epochs == 1 and run.done
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    run = trainer()
+    with torch.no_grad():
+        run.model.depth[0].codes.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="at sft step 0"):
+        run.train_epoch()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs: 0"),
+        ({"horizon": 0}, "horizon: 0"),
+        ({"horizon_decay": 1.0}, "horizon_decay: 1.0"),
+        ({"rate": 0.0}, "rate: 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay: -1.0"),
+    ],
+)
+def test_bad_settings_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SFTConfig(**settings)
