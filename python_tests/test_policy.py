@@ -91,7 +91,7 @@ def test_token_logps_keeps_its_digits_on_large_logits():
 
 
 @pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize("support", ("all", "ranges", "trie"))
+@pytest.mark.parametrize("support", ("all", "ranges", "trie", "columns"))
 @pytest.mark.parametrize("temperature", (1.0, 0.3))
 def test_token_logps_gradcheck_with_every_support(masked, support, temperature):
     trie = Trie.from_items([[0, 1], [0, 3], [2, 2]], level_offsets=[0, 4])
@@ -102,8 +102,11 @@ def test_token_logps_gradcheck_with_every_support(masked, support, temperature):
         settings["mask"] = torch.tensor([[True, True], [True, False], [False, True]])
     if support == "ranges":
         settings["ranges"] = [[0, 4], [4, 9]]
+    nodes = trie.nodes_of(tokens - torch.tensor([0, 4]))
     if support == "trie":
-        settings |= {"trie": trie, "nodes": trie.nodes_of(tokens - torch.tensor([0, 4]))}
+        settings |= {"trie": trie, "nodes": nodes}
+    if support == "columns":
+        settings["columns"] = trie.support(nodes)
     got = genrec_ext.token_logps(logits, tokens, **settings)
     want = reference.token_logps(logits, tokens, **settings)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(got, want))

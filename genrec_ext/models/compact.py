@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..decode import StepFn
+from ..ops import token_logps
 from ..trie import Trie
 from .layers import Dropout, HistoryBlock
 
@@ -332,6 +333,32 @@ class CompactRecommender(nn.Module):
             rows.append(F.pad(level_logits, (before, V - before - size)))
         return torch.stack(rows, 1)
 
+    def item_rows(self, state: Tensor, items: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What scoring operators take to score items: narrow logits and the decoder's support.
+
+        Cheaper than :meth:`logits`, whose rows are as wide as all levels together.
+
+        Args:
+            state: `[R, d]`.
+            items: `[R]` integers, an item a row.
+
+        Returns:
+            `(logits, support)`: `[R, L, K]` with K the largest level, whose tokens are the items'
+            codes within their levels, and keyword arguments of :func:`genrec_ext.token_logps` and
+            :func:`genrec_ext.sage_loss` that normalise as :attr:`softmax` says.
+        """
+        codes = self.codes[items]
+        # As wide as the widest level; no support reaches into the padding.
+        widest = max(self.level_sizes)
+        rows = []
+        for level, size in enumerate(self.level_sizes):
+            level_logits = self.level_logits(state, codes[:, :level])
+            rows.append(F.pad(level_logits, (0, widest - size)))
+        if self.config.softmax == "children":
+            lists = (self._columns, self._begin[items], self._end[items])
+            return torch.stack(rows, 1), {"columns": lists}
+        return torch.stack(rows, 1), {"ranges": [[0, size] for size in self.level_sizes]}
+
     def step_fn(self, state: Tensor) -> StepFn:
         """What :func:`genrec_ext.beam_search` calls once a level, for the users of `state [U, d]`.
 
@@ -401,24 +428,8 @@ class CompactRecommender(nn.Module):
 
     def _code_losses(self, state: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy of each level, `[L]`."""
-        codes = self.codes[target]
-        # One row a level and as wide as the widest; no support reaches into the padding.
-        widest = max(self.level_sizes)
-        rows = []
-        for level, size in enumerate(self.level_sizes):
-            level_logits = self.level_logits(state, codes[:, :level])
-            rows.append(F.pad(level_logits, (0, widest - size)))
-        support: dict[str, Tensor]
-        if self.config.softmax == "children":
-            support = {
-                "columns": self._columns,
-                "column_begin": self._begin[target],
-                "column_end": self._end[target],
-            }
-        else:
-            sizes = torch.tensor(self.level_sizes, device=state.device)
-            support = {"ranges": torch.stack([torch.zeros_like(sizes), sizes], 1)}
-        logps, _ = torch.ops.genrec.token_logps(torch.stack(rows, 1), codes, **support)
+        logits, support = self.item_rows(state, target)
+        logps, _ = token_logps(logits, self.codes[target], **support)
         return -logps.mean(0)
 
     def _item_loss(self, state: Tensor, target: Tensor) -> Tensor:

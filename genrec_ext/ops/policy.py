@@ -35,7 +35,12 @@ from ..reference.policy import SageConfig, SageStats
 if TYPE_CHECKING:
     from ..trie import Trie
 
+Columns = tuple[Tensor, Tensor, Tensor]
+"""``(columns [M] int32, begin [N, T] int64, end [N, T] int64)``: row (n, t) is normalised over
+``columns[begin[n, t] : end[n, t]]``, ascending; what :meth:`genrec_ext.Trie.support` returns."""
+
 _DEFAULT = SageConfig()
+_SUPPORT = ("ranges", "columns", "column_begin", "column_end")
 # The order of a row of `stats`, as csrc/policy/kernels.h lists it.
 _STATS = ("ratio", "coefficient", "capped", "entropy", "p", "kl")
 
@@ -56,16 +61,19 @@ def _support(
     ranges: Tensor | Sequence[Any] | None,
     trie: Trie | None,
     nodes: Tensor | None,
+    columns: Columns | None,
 ) -> dict[str, Tensor | None]:
     """The operators' support arguments."""
-    if ranges is not None and trie is not None:
-        raise ValueError("ranges and trie exclude each other: give one support")
+    if sum(given is not None for given in (ranges, trie, columns)) > 1:
+        raise ValueError("ranges, trie and columns exclude each other: give one support")
     if (trie is None) != (nodes is None):
         raise ValueError("trie and nodes must be given together")
     if ranges is not None:
         ranges = torch.as_tensor(ranges, dtype=torch.int64, device=logits.device)
-    columns, begin, end = (None, None, None) if trie is None else trie.support(nodes)
-    return {"ranges": ranges, "columns": columns, "column_begin": begin, "column_end": end}
+    if trie is not None:
+        columns = trie.support(nodes)
+    lists = (None, None, None) if columns is None else columns
+    return {"ranges": ranges, **dict(zip(_SUPPORT[1:], lists, strict=True))}
 
 
 def _scale(reduction: str, normalizer: float | None, N: int) -> tuple[float, bool]:
@@ -114,6 +122,7 @@ def token_logps(
     ranges: Tensor | Sequence[Any] | None = None,
     trie: Trie | None = None,
     nodes: Tensor | None = None,
+    columns: Columns | None = None,
     temperature: float = 1.0,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -131,6 +140,8 @@ def token_logps(
             over.
         trie: a :class:`genrec_ext.Trie`, to normalise over the children of ``nodes``.
         nodes: ``[N, T]`` integers, the trie node each row stands at (-1: none).
+        columns: the lists themselves, ``(columns [M] int32, begin [N, T] int64, end [N, T]
+            int64)``: row (n, t) is normalised over ``columns[begin[n, t] : end[n, t]]``, ascending.
         temperature: positive; logits are divided by it.
         validate: raise where a token is outside its support.  Otherwise such a token scores -100
             and moves no logit.
@@ -156,7 +167,7 @@ def token_logps(
         logits,
         tokens,
         mask=mask,
-        **_support(logits, ranges, trie, nodes),
+        **_support(logits, ranges, trie, nodes, columns),
         temperature=temperature,
         validate=validate,
     )
@@ -198,9 +209,6 @@ def _token_logps_backward_fake(
     grad_logps: Tensor, grad_entropy: Tensor, logits: Tensor, *_: Any
 ) -> Tensor:
     return logits.new_empty(logits.shape)
-
-
-_SUPPORT = ("ranges", "columns", "column_begin", "column_end")
 
 
 def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -246,6 +254,7 @@ def sage_loss(
     ranges: Tensor | Sequence[Any] | None = ...,
     trie: Trie | None = ...,
     nodes: Tensor | None = ...,
+    columns: Columns | None = ...,
     config: SageConfig = ...,
     normalizer: float | None = ...,
     return_stats: Literal[False] = ...,
@@ -268,6 +277,7 @@ def sage_loss(
     ranges: Tensor | Sequence[Any] | None = ...,
     trie: Trie | None = ...,
     nodes: Tensor | None = ...,
+    columns: Columns | None = ...,
     config: SageConfig = ...,
     normalizer: float | None = ...,
     return_stats: Literal[True],
@@ -289,6 +299,7 @@ def sage_loss(
     ranges: Tensor | Sequence[Any] | None = None,
     trie: Trie | None = None,
     nodes: Tensor | None = None,
+    columns: Columns | None = None,
     config: SageConfig = _DEFAULT,
     normalizer: float | None = None,
     return_stats: bool = False,
@@ -319,7 +330,7 @@ def sage_loss(
             penalty.
         boost: ``[N]`` in [0, 1], cold-start potential.  Default 1.
         ref_logps: ``[N, T]``, the reference policy's; needed where ``config.kl_weight > 0``.
-        ranges, trie, nodes, validate: as in :func:`token_logps`.
+        ranges, trie, nodes, columns, validate: as in :func:`token_logps`.
         config: the objective; see :class:`SageConfig`.
         normalizer: divides the sum of the losses instead of N, for gradient accumulation and for
             sums over data-parallel ranks.
@@ -348,7 +359,7 @@ def sage_loss(
     """
     arguments: dict[str, Any] = {
         **_sequence_inputs(_accumulate_dtype(logits), mask, entropy, boost, ref_logps),
-        **_support(logits, ranges, trie, nodes),
+        **_support(logits, ranges, trie, nodes, columns),
         **_objective(config),
         "temperature": config.temperature,
         "reduction": config.reduction,

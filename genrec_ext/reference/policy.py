@@ -84,7 +84,11 @@ def _accumulate(x: Tensor) -> Tensor:
 
 
 def _support_mask(
-    logits: Tensor, ranges: Tensor | Sequence[Any] | None, trie: Any, nodes: Tensor | None
+    logits: Tensor,
+    ranges: Tensor | Sequence[Any] | None,
+    trie: Any,
+    nodes: Tensor | None,
+    columns: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor | None:
     """[N, T, V], true where the policy is normalised; None for everywhere."""
     N, T, V = logits.shape
@@ -93,10 +97,16 @@ def _support_mask(
         ranges = torch.as_tensor(ranges, dtype=torch.int64, device=logits.device)
         one = (column >= ranges[:, :1]) & (column < ranges[:, 1:])
         return one.expand(N, T, V)
-    if trie is None:
+    if trie is None and columns is None:
         return None
-    assert nodes is not None
     mask = torch.zeros(N, T, V, dtype=torch.bool, device=logits.device)
+    if columns is not None:
+        listed, begins, ends = columns
+        for n in range(N):
+            for t in range(T):
+                mask[n, t, listed[begins[n, t] : ends[n, t]].long()] = True
+        return mask
+    assert nodes is not None
     for n in range(N):
         for t in range(T):
             if nodes[n, t] >= 0:
@@ -114,6 +124,7 @@ def token_logps(
     ranges: Tensor | Sequence[Any] | None = None,
     trie: Any = None,
     nodes: Tensor | None = None,
+    columns: tuple[Tensor, Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -123,7 +134,7 @@ def token_logps(
     on = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     index = torch.where(on, tokens, 0).unsqueeze(-1)
     held, filled = torch.ones_like(on), on
-    support = _support_mask(logits, ranges, trie, nodes)
+    support = _support_mask(logits, ranges, trie, nodes, columns)
     if support is not None:
         held = support.gather(-1, index).squeeze(-1)
         filled = on & support.any(-1)
@@ -306,6 +317,7 @@ def sage_loss(
     ranges: Tensor | Sequence[Any] | None = None,
     trie: Any = None,
     nodes: Tensor | None = None,
+    columns: tuple[Tensor, Tensor, Tensor] | None = None,
     config: SageConfig = SageConfig(),  # noqa: B008  (frozen)
     normalizer: float | None = None,
     return_stats: bool = False,
@@ -321,6 +333,7 @@ def sage_loss(
         ranges=ranges,
         trie=trie,
         nodes=nodes,
+        columns=columns,
         temperature=config.temperature,
         validate=validate,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,4 +73,4 @@ class TrainConfig:
         content = dataclasses.asdict(self)
         content["out"], content["stages"] = str(self.out), ",".join(self.stages)
         content["data"] = None if self.data is None else str(self.data)
-        return content
+        return json.loads(json.dumps(content))

@@ -31,7 +31,7 @@ CHECKPOINT = "checkpoint.pt"
 # Shares of a time budget: what the sft stage leaves for rl, and what both leave for evaluation.
 _RL_SHARE, _END_SHARE = 0.2, 0.06
 _SAVE_SECONDS = 15.0
-_VALIDATIONS = 14  # of the sft stage, evenly spread
+_VALIDATIONS = 7  # of the sft stage, evenly spread
 _RL_VALIDATIONS = 5
 
 
@@ -193,7 +193,12 @@ class _Training:
 
     def validate(self, stage: str, step: int) -> bool:
         """Validates, keeps the state if it is the best so far, and says so."""
-        items = evaluation.rank(self.model, self.trie, self.split.valid_histories())
+        items = evaluation.rank(
+            self.model,
+            self.trie,
+            self.split.valid_histories(),
+            width=evaluation.VALIDATION_WIDTH,
+        )
         figures = evaluation.figures(items, self.split.valid_targets, self.split, self.group)
         self.note(stage=stage, step=step, valid=figures)
         better = self.best is None or figures[METRIC] > self.best["valid"][METRIC]

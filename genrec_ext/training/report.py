@@ -145,20 +145,28 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
-    figure, (left, right) = _figure(11, 3.6, 2)
-    for stage, color in (("sft", BLUE), ("rl", ORANGE)):
-        lines = [line for line in log if line["stage"] == stage]
-        losses = [(line["seconds"], line["loss"]) for line in lines if "loss" in line]
-        recalls = [(line["seconds"], line["valid"]["recall@10"]) for line in lines if "valid" in line]
+    figure, axes = _figure(12, 3.6, 3)
+    for ax, stage, color in ((axes[0], "sft", BLUE), (axes[1], "rl", ORANGE)):
+        losses = [
+            (line["seconds"], line["loss"])
+            for line in log
+            if line["stage"] == stage and "loss" in line
+        ]
+        ax.set(xlabel="seconds", title=f"{stage} loss")
         if losses:
-            left.plot(*zip(*losses), color=color, label=stage)
+            ax.plot(*zip(*losses, strict=True), color=color)
+        else:
+            ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes, color=GREY)
+        recalls = [
+            (line["seconds"], line["valid"]["recall@10"])
+            for line in log
+            if line["stage"] == stage and "valid" in line
+        ]
         if recalls:
-            right.plot(*zip(*recalls), color=color, marker="o", ms=3, label=stage)
-    left.set(xlabel="seconds", ylabel="loss", title="training loss")
-    right.set(xlabel="seconds", ylabel="Recall@10", title="validation")
-    for ax in (left, right):
-        if ax.has_data():
-            ax.legend(frameon=False)
+            axes[2].plot(*zip(*recalls, strict=True), color=color, marker="o", ms=3, label=stage)
+    axes[2].set(xlabel="seconds", title="Recall@10 on validation")
+    if axes[2].has_data():
+        axes[2].legend(frameon=False, loc="lower right")
     return _image(figure)
 
 
@@ -171,7 +179,8 @@ def _bars(metrics: dict[str, Any]) -> str:
         bars = ax.barh(place + offset, values, 0.38, color=color, label=column)
         ax.bar_label(bars, fmt="%.4f", padding=3, fontsize=9)
     ax.set_yticks(place, [name for name, _ in rows])
-    ax.legend(frameon=False, loc="lower right")
+    ax.margins(x=0.1)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return _image(figure)
 
 

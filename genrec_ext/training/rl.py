@@ -116,16 +116,19 @@ class Rollout:
     """A batch of lists, flattened to N = B * G rows, with what SAGE needs of them."""
 
     history: Tensor  # [B, T]
-    codes: Tensor  # [N, L]
-    tokens: Tensor  # [N, L] columns
-    nodes: Tensor  # [N, L]
-    mask: Tensor  # [N, L]
+    items: Tensor  # [N], 0 where a list is shorter
+    mask: Tensor  # [N, L], False there
     old_logps: Tensor  # [N, L]
     ref_logps: Tensor  # [N, L]
     advantages: Tensor  # [N]
     entropy: Tensor  # [N]
     boost: Tensor  # [N]
     rewards: Tensor  # [B, G, 4]
+
+
+def _repeated(state: Tensor, rows: int) -> Tensor:
+    """Each user's state once for every item of its list."""
+    return state.repeat_interleave(rows // len(state), 0)
 
 
 class SageTrainer:
@@ -213,14 +216,10 @@ class SageTrainer:
         missing = ~same.any(-1)
         items[missing, -1] = targets[missing]
         codes[missing, -1] = target_codes[missing]
-        rows = codes.flatten(0, 1).clamp(min=0)
-        tokens = rows + self.model.level_offsets
-        mask = (items >= 0).flatten().unsqueeze(-1).expand_as(tokens)
-        nodes = self.trie.nodes_of(rows)
-        old, _ = self._score(self.model, state, rows, tokens, nodes, mask)
-        ref, _ = self._score(
-            self.reference, self.reference.encode(history), rows, tokens, nodes, mask
-        )
+        rows = items.flatten().clamp(min=0)
+        mask = (items >= 0).flatten().unsqueeze(-1).expand(-1, codes.shape[-1])
+        old = self._score(self.model, state, rows, mask)
+        ref = self._score(self.reference, self.reference.encode(history), rows, mask)
         scores[missing, -1] = old.sum(-1).view(B, G)[missing, -1]
         rewards = rewards_of(items, codes, targets, self.counts, self.config.cold_count)
         weights = torch.tensor(self.config.weights, device=self.device)
@@ -228,8 +227,6 @@ class SageTrainer:
         return Rollout(
             history,
             rows,
-            tokens,
-            nodes,
             mask,
             old,
             ref,
@@ -239,27 +236,11 @@ class SageTrainer:
             rewards,
         )
 
-    def _logits(self, model: CompactRecommender, state: Tensor, rows: Tensor) -> Tensor:
-        repeated = state.repeat_interleave(len(rows) // len(state), 0)
-        return model.logits(repeated, rows)
-
-    def _score(
-        self,
-        model: CompactRecommender,
-        state: Tensor,
-        rows: Tensor,
-        tokens: Tensor,
-        nodes: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        logits = self._logits(model, state, rows)
-        return token_logps(logits, tokens, mask=mask, **self._support(logits, nodes))
-
-    def _support(self, logits: Tensor, nodes: Tensor) -> dict[str, Any]:
-        """The scoring operators' support that equals the decoder's softmax."""
-        if self.model.softmax == "children":
-            return {"trie": self.trie, "nodes": nodes}
-        return {"ranges": self.trie.ranges(logits.shape[-1])}
+    @staticmethod
+    def _score(model: CompactRecommender, state: Tensor, items: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities of items' codes, over the support that the decoder uses."""
+        logits, support = model.item_rows(_repeated(state, len(items)), items)
+        return token_logps(logits, model.codes[items], mask=mask, **support)[0]
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: up over the first tenth, then straight down to 0."""
@@ -278,10 +259,11 @@ class SageTrainer:
         total = 0.0
         for _ in range(config.updates):
             # Dropout stays off: its noise would enter the importance ratio.
-            logits = self._logits(self.model, self.model.encode(lists.history), lists.codes)
+            state = _repeated(self.model.encode(lists.history), len(lists.items))
+            logits, support = self.model.item_rows(state, lists.items)
             loss, stats = sage_loss(
                 logits,
-                lists.tokens,
+                self.model.codes[lists.items],
                 lists.old_logps,
                 lists.advantages,
                 mask=lists.mask,
@@ -291,7 +273,7 @@ class SageTrainer:
                 config=sage,
                 return_stats=True,
                 inplace_grad=True,
-                **self._support(logits, lists.nodes),
+                **support,
             )
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")

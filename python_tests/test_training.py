@@ -1,0 +1,308 @@
+"""Runs from start to finish: what they write, how they resume, what the rl stage rewards."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from genrec_ext import cli, training
+from genrec_ext.data import generate, leave_one_out
+from genrec_ext.models import CompactConfig, CompactRecommender
+from genrec_ext.training import RLConfig, SageTrainer, TrainConfig, checkpoint, loop, rl
+from genrec_ext.training.sft import SFTTrainer
+
+KEYS = {
+    "recall@5",
+    "recall@10",
+    "ndcg@5",
+    "ndcg@10",
+    "invalid_rate",
+    "cold_recall@10",
+    "coverage@10",
+    "entropy@10",
+}
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    """A small generated catalogue as lines of 'user item item ...', without texts or IDs."""
+    data = generate(seed=1, num_users=300, num_items=250).data
+    path = tmp_path_factory.mktemp("data") / "small.txt"
+    lines = [
+        " ".join(map(str, [user, *(sequence + 1)]))
+        for user, sequence in enumerate(data.sequences, 1)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def settings(data_file, out, **changes):
+    """A run of some seconds."""
+    small = {
+        "data": data_file,
+        "out": out,
+        "epochs": 2,
+        "model": CompactConfig(width=16, max_history=12),
+        "rl": RLConfig(steps=4, users=16, candidates=6),
+    }
+    return TrainConfig(**{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(data_file, tmp_path_factory):
+    """(run folder, metrics) of a whole run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, training.train(settings(data_file, out))
+
+
+def test_a_run_writes_what_it_says(finished, data_file):
+    out, metrics = finished
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert KEYS <= set(metrics["test"])
+    assert set(metrics["stages"]) == {"sft", "rl"}
+    assert set(metrics["baselines"]) == {"popularity", "covisitation"}
+    for figures in (
+        metrics["test"],
+        *(stage["test"] for stage in metrics["stages"].values()),
+        *metrics["baselines"].values(),
+    ):
+        assert KEYS <= set(figures) and 0 <= figures["recall@5"] <= figures["recall@10"] <= 1
+        assert figures["invalid_rate"] == 0
+    assert metrics["test"] == metrics["stages"]["rl"]["test"]
+    assert metrics["seconds"] > 0 and metrics["config"]["seed"] == 0
+    assert metrics["config"]["data"] == str(data_file)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"sft", "rl"}
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3
+    assert "http" not in report.replace("http-equiv", ""), "the report must not need a network"
+
+
+def test_evaluate_repeats_the_figures_to_the_last_digit(finished):
+    out, metrics = finished
+    assert training.evaluate(out) == metrics["test"]
+
+
+def test_evaluate_refuses_other_data(finished, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("1 1 2 3 4 5\n2 2 3 4 5 1\n")
+    with pytest.raises(ValueError, match="is not what .* was trained on"):
+        training.evaluate(finished[0], data=other)
+
+
+def test_recommend_gives_items_of_the_catalogue_once_each(finished):
+    found = training.recommend(finished[0], ["3", "17", "8"], 12)
+    ids = [item["item"] for item in found]
+    assert len(ids) == len(set(ids)) == 12
+    assert all(1 <= int(i) <= 250 for i in ids)
+    scores = [item["score"] for item in found]
+    assert scores == sorted(scores, reverse=True) and all(math.isfinite(s) for s in scores)
+    unseen = training.recommend(finished[0], ids[:5], 30, unseen=True)
+    assert not set(ids[:5]) & {item["item"] for item in unseen}
+    assert len(training.recommend(finished[0], [], 3)) == 3, "a new user gets something too"
+
+
+def test_same_seed_same_bits_other_seed_others(data_file, finished, tmp_path):
+    _, metrics = finished
+    again = training.train(settings(data_file, tmp_path / "again"))
+    assert again["stages"]["sft"]["valid"] == metrics["stages"]["sft"]["valid"]
+    assert again["test"] == metrics["test"]
+    other = training.train(settings(data_file, tmp_path / "other", seed=5))
+    assert other["test"] != metrics["test"]
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize(
+    "trainer, method, calls", ((SFTTrainer, "_train_step", 5), (SageTrainer, "train_step", 3))
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    data_file, finished, tmp_path, monkeypatch, trainer, method, calls
+):
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "_RL_VALIDATIONS", 4)
+    whole = training.train(settings(data_file, tmp_path / "whole"))
+    original, count = getattr(trainer, method), 0
+
+    def dying(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise Killed
+        return original(self, *arguments)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, method, dying)
+        with pytest.raises(Killed):
+            training.train(settings(data_file, out))
+    assert (out / "checkpoint.pt").exists() and not (out / "metrics.json").exists()
+    resumed = training.train(settings(data_file, out, resume=True))
+    assert resumed["test"] == whole["test"]
+    a, b = (checkpoint.load(tmp_path / name / "model.pt")["model"] for name in ("whole", "killed"))
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+def test_resume_refuses_another_run(data_file, finished):
+    with pytest.raises(ValueError, match="written by a run with other settings or data"):
+        training.train(settings(data_file, finished[0], resume=True, seed=9))
+
+
+def test_a_finished_run_resumed_trains_no_further(data_file, finished, monkeypatch):
+    out, metrics = finished
+    monkeypatch.setattr(SFTTrainer, "_train_step", None)
+    monkeypatch.setattr(SageTrainer, "train_step", None)
+    assert training.train(settings(data_file, out, resume=True))["test"] == metrics["test"]
+
+
+def test_a_small_time_budget_plans_fewer_epochs(data_file, tmp_path):
+    config = settings(data_file, tmp_path, epochs=10_000, minutes=0.1, stages=("sft",))
+    metrics = training.train(config)
+    assert metrics["stages"]["sft"]["steps"] < 10_000
+    assert set(metrics["stages"]) == {"sft"} and metrics["test"] == metrics["stages"]["sft"]["test"]
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
+        checkpoint.load(path)
+    checkpoint.save(path, {"x": torch.arange(5)})
+    assert checkpoint.load(path)["x"].tolist() == [0, 1, 2, 3, 4]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(checkpoint.CheckpointError, match="not a readable checkpoint"):
+        checkpoint.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="format 99"):
+        checkpoint.load(path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "text, changes",
+    (
+        ("stages must be sft or sft,rl, got rl", {"stages": ("rl",)}),
+        ("minutes must be positive", {"minutes": 0.0}),
+        ("epochs must be at least 1", {"epochs": 0}),
+    ),
+)
+def test_config_errors(text, changes):
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(out="x", **changes)
+
+
+# ---- the rl stage ----
+
+
+def test_rewards_equal_their_definition():
+    items = torch.tensor([[4, 7, 2], [1, 5, -1]])
+    codes = torch.tensor([[[0, 1], [0, 2], [3, 0]], [[2, 0], [1, 1], [-1, -1]]])
+    counts = torch.tensor([9, 9, 9, 9, 9, 1, 9, 9])
+    rewards = rl.rewards_of(items, codes, torch.tensor([7, 5]), counts, cold_count=3)
+    nan = math.nan
+    want = [
+        [[0, -1, nan, 0.5], [1, 0, nan, 0.5], [0, -0.5, nan, 1.0]],
+        [[0, -1, 0, 1.0], [1, 0, 1, 1.0], [nan, nan, nan, nan]],
+    ]
+    assert torch.allclose(rewards, torch.tensor(want), equal_nan=True)
+
+
+def test_potential_and_list_entropy_stay_in_their_range():
+    potential = rl.potential_of(torch.tensor([0, 1, 10, 100]))
+    assert potential[0] == 1 and potential[3] == 0 and (potential.diff() < 0).all()
+    scores = torch.tensor([[-1.0, -1.0, -torch.inf], [0.0, -50.0, -60.0]])
+    entropy = rl.list_entropy(scores)
+    assert torch.allclose(entropy, torch.tensor([1.0, 0.0]), atol=1e-6)
+
+
+def test_rl_raises_the_reward_that_it_is_given():
+    """From a fresh model, a few dozen steps make the taken item likelier than it was."""
+    data = generate(seed=2, num_users=200, num_items=250).data
+    split = leave_one_out(data)
+    codes = np.stack([np.arange(250) // 16, np.arange(250) % 16], 1)
+    model = CompactRecommender(CompactConfig(width=16, max_history=12), codes, [16, 16])
+    config = RLConfig(steps=60, users=32, candidates=8, rate=5e-3, kl_weight=0.0)
+    trainer = SageTrainer(model, model.trie(), split.train, split.train_counts(), config, seed=0)
+    first = [trainer.train_step()["loss"] for _ in range(5)]
+    history, targets = trainer.batch()
+
+    def likelihood():
+        everything = torch.ones(len(targets), 2, dtype=torch.bool)
+        return trainer._score(model, model.encode(history), targets, everything).sum(-1).mean()
+
+    before = likelihood()
+    trainer.run(stop=lambda: False, progress=lambda step, figures: None)
+    assert trainer.step == 60
+    assert likelihood() > before + 0.2
+    assert all(math.isfinite(x) for x in first)
+
+
+def test_rollouts_score_by_the_decoders_own_support():
+    """The ratio of a list against the policy that wrote it is 1: no mass is dropped."""
+    data = generate(seed=2, num_users=200, num_items=250).data
+    split = leave_one_out(data)
+    codes = np.stack([np.arange(250) // 16, np.arange(250) % 16], 1)
+    for softmax in ("children", "level"):
+        model = CompactRecommender(
+            CompactConfig(width=16, max_history=12, softmax=softmax), codes, [16, 16]
+        )
+        config = RLConfig(users=8, candidates=6)
+        trainer = SageTrainer(
+            model, model.trie(), split.train, split.train_counts(), config, seed=0
+        )
+        history, targets = trainer.batch()
+        lists = trainer.rollout(history, targets)
+        found = training.evaluation.decode(
+            model, trainer.trie, [row[row >= 0].numpy() for row in history], 6
+        )
+        scores = lists.old_logps.sum(-1).view(8, 6)
+        assert torch.allclose(scores[:, :5], found.scores[:, :5], atol=1e-5)
+        assert lists.advantages.isfinite().all() and (lists.rewards[..., 0].sum(-1) >= 1).all()
+
+
+# ---- the command line ----
+
+
+def test_commands(data_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(data_file), "--out", str(out), "--epochs", "1"]
+    assert cli.main([*arguments, "--stages", "sft", "--seed", "3"]) == 0
+    assert "after sft" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(out), "--data", str(data_file)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((out / "metrics.json").read_text())["test"]
+    assert cli.main(["recommend", str(out), "--history", "12,88,190", "-k", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert cli.main(["recommend", str(out), "--history", "12", "-k", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+    assert cli.main(["info"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    (
+        (["train", "--data", "no/such/folder", "--out", "{out}"], "no/such/folder"),
+        (["train", "--out", "{out}", "--stages", "rl"], "stages must be sft or sft,rl"),
+        (["evaluate", "{out}"], "no such file"),
+        (["recommend", "{out}", "--history", "1"], "no such file"),
+    ),
+)
+def test_command_errors_are_one_line(arguments, text, tmp_path, capsys):
+    assert cli.main([part.format(out=tmp_path / "run") for part in arguments]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.startswith("genrec: ") and error.count("\n") == 1
+
+
+def test_a_short_run_on_real_data_beats_popularity(shared_data, tmp_path):
+    out = tmp_path / "office"
+    config = TrainConfig(data=shared_data / "amazon14-office", out=out, epochs=2, stages=("sft",))
+    metrics = training.train(config)
+    assert metrics["test"]["recall@10"] > metrics["baselines"]["popularity"]["recall@10"]
+    assert metrics["test"]["recall@10"] > 0.03
+    assert metrics["test"]["invalid_rate"] == 0
+    titles = [item["title"] for item in training.recommend(out, ["12", "88", "190"], 5)]
+    assert len(titles) == 5 and all(titles)
