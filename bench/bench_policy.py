@@ -76,7 +76,9 @@ def main() -> None:
     header = ["N × T × V", "logits", "clone", "genrec", "genrec in place", "eager PyTorch"]
     header += ["genrec / clone", "in place / clone", "eager / genrec"]
     name = "policy-quick" if quick else "policy-cpu"
-    write(name, "sage_loss, forward and backward", "python bench/bench_policy.py", header, rows, raw)
+    write(
+        name, "sage_loss, forward and backward", "python bench/bench_policy.py", header, rows, raw
+    )
 
 
 if __name__ == "__main__":

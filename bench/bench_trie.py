@@ -47,30 +47,38 @@ def case(items: int, V: int, users: int, width: int):
     return steps
 
 
+def measure(steps, repeats: int) -> dict:
+    return interleaved(
+        {
+            "genrec": lambda: [trie_beam_step(*step) for step in steps],
+            "genrec, level": lambda: [trie_beam_step(*s, softmax="level") for s in steps],
+            "eager": lambda: [eager_step(*step) for step in steps],
+        },
+        repeats,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small cases, three repeats")
     quick = parser.parse_args().quick
-    cases = [(20_000, 1024, 8, 10)] if quick else [
-        (20_000, 1024, 1, 10),
-        (20_000, 1024, 64, 50),
-        (1_000_000, 1024, 1, 50),
-        (1_000_000, 1024, 64, 128),
-        (1_000_000, 8192, 8, 50),
-    ]
+    cases = (
+        [(20_000, 1024, 8, 10)]
+        if quick
+        else [
+            (20_000, 1024, 1, 10),
+            (20_000, 1024, 64, 50),
+            (1_000_000, 1024, 1, 50),
+            (1_000_000, 1024, 64, 128),
+            (1_000_000, 8192, 8, 50),
+        ]
+    )
     rows, raw = [], []
     for arguments in cases:
         steps = case(*arguments)
         for step in steps:
             assert torch.allclose(trie_beam_step(*step)[0], eager_step(*step)[0], atol=1e-4)
-        times = interleaved(
-            {
-                "genrec": lambda: [trie_beam_step(*step) for step in steps],
-                "genrec, level": lambda: [trie_beam_step(*s, softmax="level") for s in steps],
-                "eager": lambda: [eager_step(*step) for step in steps],
-            },
-            3 if quick else 9,
-        )
+        times = measure(steps, 3 if quick else 9)
         raw.append({"case": arguments, "times": times})
         rows.append(
             [

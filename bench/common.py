@@ -33,12 +33,17 @@ def interleaved(
             start = time.perf_counter()
             method()
             times[name].append((time.perf_counter() - start) * 1e3)
-    result = {}
-    for name, values in times.items():
-        values.sort()
-        pick = lambda share: values[min(len(values) - 1, int(share * len(values)))]  # noqa: E731
-        result[name] = {"median": pick(0.5), "p20": pick(0.2), "p80": pick(0.8)}
-    return result
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, p20 and p80 of a few values, by rank."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        name: ordered[min(last, int(share * len(ordered)))]
+        for name, share in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -61,7 +66,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, title: str, command: str, header: list[str], rows: list[list[str]], raw: Any) -> None:
+def write(
+    name: str, title: str, command: str, header: list[str], rows: list[list[str]], raw: Any
+) -> None:
     """Writes results/<name>.md and .json, and prints the table."""
     RESULTS.mkdir(exist_ok=True)
     facts = machine()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
-def _positive(kind: type) -> object:
-    def parse(text: str) -> object:
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         value = kind(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
@@ -49,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=_positive(int), help="epochs of the sft stage")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    train.add_argument(
-        "--stages", default="sft,rl", help="sft or sft,rl (default: %(default)s)"
-    )
+    train.add_argument("--stages", default="sft,rl", help="sft or sft,rl (default: %(default)s)")
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
     )

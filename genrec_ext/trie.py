@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C  # type: ignore[attr-defined]
 
 
 class Trie:
@@ -77,9 +77,7 @@ class Trie:
             codes = codes.detach().cpu().numpy()
         array = np.asarray(codes)
         if array.ndim != 2 or array.shape[1] == 0:
-            raise ValueError(
-                f"codes must have shape [N, L] with L >= 1, got {list(array.shape)}"
-            )
+            raise ValueError(f"codes must have shape [N, L] with L >= 1, got {list(array.shape)}")
         if array.dtype.kind not in "iu":
             raise ValueError(f"codes must be integers, got {array.dtype}")
         N, L = array.shape
@@ -89,9 +87,8 @@ class Trie:
             if values is not None and len(values) != L:
                 raise ValueError(f"{name} must have {L} entries, one a level, got {len(values)}")
         offsets = [0] * L if level_offsets is None else [int(x) for x in level_offsets]
-        if level_offsets is not None:
-            if offsets[0] < 0 or any(a > b for a, b in zip(offsets, offsets[1:])):
-                raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
+        if any(a > b for a, b in zip([0, *offsets], offsets)):
+            raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
         for level in range(L):
             size = None
             if level_offsets is not None and level + 1 < L:
@@ -252,9 +249,7 @@ class Trie:
     def items_of(self, leaf: int) -> Tensor:
         """All items at a leaf, ascending, as indices into the codes the trie was built from."""
         if not 0 <= leaf < self.num_nodes(self.levels):
-            raise IndexError(
-                f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}"
-            )
+            raise IndexError(f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}")
         return self._items[int(self._first_item[leaf]) : int(self._first_item[leaf + 1])]
 
     def first_items(self, leaves: Tensor) -> Tensor:
@@ -277,9 +272,7 @@ class Trie:
         if items.dtype != torch.bool or items.dim() not in (1, 2):
             raise ValueError(f"forbidden must be bool [items] or [U, items], got {items.dtype}")
         if items.shape[-1] != self.num_items:
-            raise ValueError(
-                f"forbidden must cover {self.num_items} items, got {items.shape[-1]}"
-            )
+            raise ValueError(f"forbidden must cover {self.num_items} items, got {items.shape[-1]}")
         # Leaves in trie order hold runs of items, and nodes hold runs of leaves.
         counts = items[..., self._items].long().cumsum(-1)
         counts = torch.nn.functional.pad(counts, (1, 0))
@@ -321,9 +314,7 @@ class Trie:
             "items": self.num_items,
             "levels": self.levels,
             "nodes": nodes,
-            "branching": [
-                nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)
-            ],
+            "branching": [nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)],
             "colliding_items": int(runs[runs > 1].sum()),
             "largest_collision": int(runs.max()) if len(runs) else 0,
             "bytes": self.memory_bytes(),

@@ -70,7 +70,7 @@ def installed(checkout, environment):
 
 
 def test_install_takes_the_torch_that_is_there(installed):
-    environment, log = installed
+    _, log = installed
     lines = [line.strip() for line in log.splitlines()]
     chosen = [line for line in lines if "-- genrec" in line]
     print("\n".join(chosen))

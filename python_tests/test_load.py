@@ -34,7 +34,9 @@ def test_a_torch_below_the_floor_is_one_sentence():
     _load.check_torch_version("2.11.0")
     _load.check_torch_version("2.15.0a0+git1234")
     for version in ("2.10.1+cpu", "1.13.1"):
-        with pytest.raises(ImportError, match=f"needs torch 2.11 or later, but this is torch {version[:4]}"):
+        with pytest.raises(
+            ImportError, match=f"needs torch 2.11 or later, but this is torch {version[:4]}"
+        ):
             _load.check_torch_version(version)
 
 

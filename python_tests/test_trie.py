@@ -195,16 +195,42 @@ def test_step_errors_name_the_argument():
     cases = (
         (ValueError, r"logits must have shape \[U \* W, V\]", torch.zeros(3, 5), {}, {}),
         (ValueError, "logits must be float32, bfloat16", torch.zeros(1, 5).double(), {}, {}),
-        (ValueError, r"scores must have shape \[1, 1\]", torch.zeros(1, 5), {"scores": torch.zeros(2)}, {}),
-        (IndexError, r"nodes\[0, 0\] must lie in \[-1, 1\)", torch.zeros(1, 5), {"nodes": torch.ones(1, 1).long()}, {}),
+        (
+            ValueError,
+            r"scores must have shape \[1, 1\]",
+            torch.zeros(1, 5),
+            {"scores": torch.zeros(2)},
+            {},
+        ),
+        (
+            IndexError,
+            r"nodes\[0, 0\] must lie in \[-1, 1\)",
+            torch.zeros(1, 5),
+            {"nodes": torch.ones(1, 1).long()},
+            {},
+        ),
         (ValueError, "softmax must be one of", torch.zeros(1, 5), {}, {"softmax": "all"}),
-        (ValueError, "temperature must be a positive", torch.zeros(1, 5), {}, {"temperature": -1.0}),
-        (ValueError, "forbidden must have shape", torch.zeros(1, 5), {}, {"forbidden": torch.zeros(9) > 0}),
+        (
+            ValueError,
+            "temperature must be a positive",
+            torch.zeros(1, 5),
+            {},
+            {"temperature": -1.0},
+        ),
+        (
+            ValueError,
+            "forbidden must have shape",
+            torch.zeros(1, 5),
+            {},
+            {"forbidden": torch.zeros(9) > 0},
+        ),
     )
     for error, text, logits, change, settings in cases:
         given = {**good, **change}
         with pytest.raises(error, match=text):
-            genrec_ext.trie_beam_step(logits, given["scores"], given["nodes"], trie, 0, 2, **settings)
+            genrec_ext.trie_beam_step(
+                logits, given["scores"], given["nodes"], trie, 0, 2, **settings
+            )
     with pytest.raises(ValueError, match="width must be at least 1"):
         genrec_ext.trie_beam_step(torch.zeros(1, 5), *good.values(), trie, 0, 0)
     with pytest.raises(IndexError, match="labels up to 4, but logits have only V = 3"):
@@ -296,7 +322,9 @@ def test_beam_search_equals_exhaustive_search(values):
                 [c - o for c, o in zip(prefix, offsets)] for _, prefix in want
             ], f"seed {seed}"
             got = found.scores[user, : len(want)].double()
-            assert torch.allclose(got, torch.tensor([float(s) for s, _ in want]).double(), atol=1e-5)
+            assert torch.allclose(
+                got, torch.tensor([float(s) for s, _ in want]).double(), atol=1e-5
+            )
             items = [codes.index([c - o for c, o in zip(p, offsets)]) for _, p in want]
             assert found.items[user, : len(want)].tolist() == items
             assert (found.items[user, len(want) :] == -1).all()
@@ -314,7 +342,9 @@ def test_wide_search_ranks_every_item_by_probability():
         users=1,
         softmax="level",
     )
-    parts = [torch.log_softmax(tables[i][a:b], 0) for i, (a, b) in enumerate(((0, 3), (3, 7), (7, 9)))]
+    parts = [
+        torch.log_softmax(tables[i][a:b], 0) for i, (a, b) in enumerate(((0, 3), (3, 7), (7, 9)))
+    ]
     total = torch.stack([sum(parts[i][c] for i, c in enumerate(path)) for path in codes])
     assert found.items[0].tolist() == total.argsort(descending=True, stable=True).tolist()
     assert torch.allclose(found.scores[0].exp().sum(), torch.tensor(1.0))

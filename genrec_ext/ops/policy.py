@@ -24,7 +24,7 @@ Facts worth knowing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -316,7 +316,7 @@ def sage_loss(
                                                 B- = eps_neg + k
         loss = -(1/N) sum_i A_i c_i  +  kl_weight * mean_i KL_i
 
-    where c's denominator is constant under the gradient, so ``dL/dlogp[i, t] = -A_i c_i / (N T_i)``.
+    where the denominator of c is constant under the gradient: ``dL/dlogp[i, t] = -A_i c_i / (N T_i)``.
     A sequence counts once, whatever its length.
 
     Args:
@@ -381,9 +381,7 @@ def _kernel_arguments(logits: Tensor, arguments: dict[str, Any]) -> dict[str, An
     dtype = _accumulate_dtype(logits)
     for name in ("entropy", "boost", "ref_logps"):
         arguments[name] = _as(arguments[name], dtype)
-    scale, reduce = _scale(
-        arguments.pop("reduction"), arguments.pop("normalizer"), logits.shape[0]
-    )
+    scale, reduce = _scale(arguments.pop("reduction"), arguments.pop("normalizer"), logits.shape[0])
     return {**arguments, "scale": scale, "reduce": reduce}
 
 
@@ -491,6 +489,10 @@ def _sage_loss_forward_inplace_fake(logits: Tensor, *rest: Any) -> tuple[Tensor,
     return _losses_fake(logits, rest[-2])
 
 
+def _sage_loss_backward_fake(grad_output: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
 def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
@@ -585,9 +587,7 @@ def _sage_loss_from_logps(
     return _from_logps(logps, old_logps, advantages, **{**defaults, **given})[0]
 
 
-def _sage_loss_from_logps_forward_fake(
-    logps: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sage_loss_from_logps_forward_fake(logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (*_losses_fake(logps, rest[-1]), logps.new_empty(logps.shape))
 
 
@@ -648,23 +648,22 @@ for _name, _body in {
 }.items():
     _library.impl(_name, _body, "CompositeImplicitAutograd")
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "token_logps_forward": _token_logps_forward_fake,
     "token_logps_backward": _token_logps_backward_fake,
     "sage_loss_forward": _sage_loss_forward_fake,
     "sage_loss_forward_": _sage_loss_forward_inplace_fake,
-    "sage_loss_backward": lambda grad_output, grad: torch.empty_like(grad),
+    "sage_loss_backward": _sage_loss_backward_fake,
     "sage_loss_from_logps_forward": _sage_loss_from_logps_forward_fake,
     "decoupled_advantages": _decoupled_advantages_fake,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"genrec::{_name}", _fake)
 
 torch.library.register_autograd(
     "genrec::token_logps_forward", _token_logps_grad, setup_context=_token_logps_setup
 )
-torch.library.register_autograd(
-    "genrec::sage_loss_forward", _kept_grad, setup_context=_keep_grad
-)
+torch.library.register_autograd("genrec::sage_loss_forward", _kept_grad, setup_context=_keep_grad)
 torch.library.register_autograd(
     "genrec::sage_loss_from_logps_forward", _kept_grad, setup_context=_keep_grad
 )

@@ -85,7 +85,8 @@ def _trie_beam_step_fake(
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (nodes.shape[0], width)
-    return (scores.new_empty(shape), *(nodes.new_empty(shape) for _ in range(3)))
+    parent, token, node = (nodes.new_empty(shape) for _ in range(3))
+    return scores.new_empty(shape), parent, token, node
 
 
 torch.library.register_fake("genrec::trie_beam_step", _trie_beam_step_fake)

@@ -236,7 +236,7 @@ def sage_loss_from_logps(
     entropy: Tensor | None = None,
     boost: Tensor | None = None,
     ref_logps: Tensor | None = None,
-    config: SageConfig = SageConfig(),  # noqa: B008  (frozen)
+    config: SageConfig = SageConfig(),
     normalizer: float | None = None,
     return_stats: bool = False,
     _token_entropy: Tensor | None = None,
@@ -271,7 +271,9 @@ def sage_loss_from_logps(
         coefficient = torch.where(on & ~held, token_ratio, 0).detach().sum(-1) / length
         capped = (on & held).to(dtype).sum(-1) / length
     else:
-        raise ValueError(f"objective must be sage, gbpo, gspo, grpo or ecpo, got {config.objective}")
+        raise ValueError(
+            f"objective must be sage, gbpo, gspo, grpo or ecpo, got {config.objective}"
+        )
     losses = -gain
     kl = torch.zeros_like(losses)
     if config.kl_weight > 0:
@@ -318,7 +320,7 @@ def sage_loss(
     trie: Any = None,
     nodes: Tensor | None = None,
     columns: tuple[Tensor, Tensor, Tensor] | None = None,
-    config: SageConfig = SageConfig(),  # noqa: B008  (frozen)
+    config: SageConfig = SageConfig(),
     normalizer: float | None = None,
     return_stats: bool = False,
     inplace_grad: bool = False,

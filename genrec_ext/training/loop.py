@@ -311,8 +311,7 @@ class _Training:
             return self.left(_END_SHARE) <= 0
 
         while trainer.step < self.config.rl.steps and not stop():
-            end = min(self.config.rl.steps, (trainer.step // every + 1) * every)
-            trainer.run(stop=lambda end=end: trainer.step >= end or stop(), progress=progress)
+            trainer.run(every - trainer.step % every, stop=stop, progress=progress)
             self.validate("rl", trainer.step)
             bar.set_description(f"rl, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
             self.save("rl", trainer)

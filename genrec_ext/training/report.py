@@ -38,9 +38,9 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def text_table(metrics: dict[str, Any]) -> str:
     """The result table for a terminal."""
-    lines = [["test"] + list(COLUMNS)]
+    lines = [["test", *COLUMNS]]
     for name, figures in rows_of(metrics):
-        lines.append([name] + [_number(figures.get(column)) for column in COLUMNS])
+        lines.append([name, *(_number(figures.get(column)) for column in COLUMNS)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -194,9 +194,7 @@ def _popularity(recommended: np.ndarray, train_counts: np.ndarray, targets: np.n
         ("taken by test users", targets, GREEN),
         ("recommended", shown, BLUE),
     ):
-        counts = (
-            train_counts if items is None else np.bincount(items, minlength=len(train_counts))
-        )
+        counts = train_counts if items is None else np.bincount(items, minlength=len(train_counts))
         total = max(counts.sum(), 1)
         ax.plot(share, np.cumsum(counts[order]) / total, color=color, label=label)
     ax.set(

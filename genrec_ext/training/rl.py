@@ -292,15 +292,18 @@ class SageTrainer:
             "kl": stats.kl.item(),
             "entropy": stats.entropy.item(),
             "list_entropy": lists.entropy.mean().item(),
+            "hit_rate": hit,
             "diversity": diversity,
         }
 
     def run(
         self,
+        steps: int,
         *,
         stop: Callable[[], bool],
         progress: Callable[[int, dict[str, float]], None],
     ) -> None:
-        """Steps until the configured number is done or ``stop()`` says so."""
-        while self.step < self.config.steps and not stop():
+        """Up to ``steps`` steps, fewer where the configured number is reached or ``stop()``."""
+        end = min(self.config.steps, self.step + steps)
+        while self.step < end and not stop():
             progress(self.step, self.train_step())

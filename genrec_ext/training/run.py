@@ -33,7 +33,9 @@ class Run:
     """Where the data were: path, index, seed and fingerprint."""
 
 
-def save(folder: Path, model: CompactRecommender, data: Interactions, source: dict[str, Any]) -> None:
+def save(
+    folder: Path, model: CompactRecommender, data: Interactions, source: dict[str, Any]
+) -> None:
     """Writes ``model.pt`` into a run folder."""
     checkpoint.save(
         folder / MODEL_FILE,
