@@ -17,9 +17,11 @@ PACKAGE = Path(genrec_ext.__file__).parent
 
 
 def run_python(code, *folders):
-    """A fresh interpreter that looks in `folders` first."""
+    """A fresh interpreter that looks in `folders` first, and not in this checkout."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=folders[0], capture_output=True, text=True
+    )
 
 
 @pytest.fixture
