@@ -113,13 +113,14 @@ class PythonModule(Extension):
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname):
-        if isinstance(self.ext_map.get(fullname), PlainLibrary):
+        # setuptools asks with and without the package's name.
+        plain = {e.name for e in self.extensions if isinstance(e, PlainLibrary)}
+        if fullname in plain | {name.rpartition(".")[2] for name in plain}:
             return fullname.replace(".", os.sep) + ".so"  # no Python ABI in the name
         return super().get_ext_filename(fullname)
 
     def build_extensions(self):
         self.check_requirements()
-        self.ext_map = {ext.name: ext for ext in self.extensions}
         out = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
         out.mkdir(parents=True, exist_ok=True)
         # setuptools packs whatever lies in build/lib, a CUDA library of an

@@ -89,7 +89,7 @@ class _Items(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("features", features)
         self.levels = nn.ModuleList(_embedding(size, width) for size in level_sizes)
-        # Code vectors side by side through a linear layer: summing them reached half the Recall.
+        # One linear layer over all levels' vectors: each level is weighed against the others.
         self.join = nn.Linear(len(level_sizes) * width, width, bias=False)
         self.own = nn.Embedding(len(codes), width)
         nn.init.zeros_(self.own.weight)
