@@ -3,6 +3,7 @@
 The public names.  Importing this package registers ``torch.ops.genrec.*``.
 """
 
+from . import _load  # noqa: F401  (first: says in a sentence what is wrong with torch or a library)
 from ._version import __version__
 from .decode import BeamResult, beam_search
 from .ops import (

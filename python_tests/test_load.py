@@ -131,7 +131,7 @@ def test_info_here():
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
-def test_every_instruction_set_gives_the_same_figures(isa):
+def test_every_instruction_set_gives_the_same_figures(isa, tmp_path):
     """One source, several sets: results agree to rounding, and asking for one is obeyed."""
     if isa not in info.collect()["built"]["instruction_sets"]:
         pytest.skip(f"{isa} is not built on this platform")
@@ -152,7 +152,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 print(_C.instruction_set())
 """
     env = {**os.environ, "GENREC_ISA": isa}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     best = info.collect()["cpu"]["instruction_set"]
     order = ("baseline", "avx2", "avx512")
