@@ -5,8 +5,15 @@ are missing or broken, and `genrec info` is there to say so.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+
+# OpenMP threads that wait without spinning: two threads on a busy machine took
+# 14 to 28 s an epoch of the compact model spinning, 4 to 5 s waiting.  It has to be
+# said before torch is loaded, and whoever has said otherwise is obeyed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> int:

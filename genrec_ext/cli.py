@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from . import training
 
     if arguments.command == "demo":
-        config = training.TrainConfig(out=arguments.out, seed=arguments.seed)
+        config = training.TrainConfig(out=arguments.out, seed=arguments.seed, minutes=3.5)
         print(training.summary(training.train(config)))
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "train":

@@ -1,6 +1,9 @@
 """What every test module shares: deterministic hypothesis, one seed, where the real data lies."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see _genrec_command.py
 
 import hypothesis
 import pytest
