@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-
 # OpenMP threads that wait without spinning: two threads on a busy machine took
 # 14 to 28 s an epoch of the compact model spinning, 4 to 5 s waiting.  It has to be
 # said before torch is loaded, and whoever has said otherwise is obeyed.

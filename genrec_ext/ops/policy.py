@@ -316,7 +316,8 @@ def sage_loss(
                                                 B- = eps_neg + k
         loss = -(1/N) sum_i A_i c_i  +  kl_weight * mean_i KL_i
 
-    where the denominator of c is constant under the gradient: ``dL/dlogp[i, t] = -A_i c_i / (N T_i)``.
+    where the denominator of c is constant under the gradient, so that
+    ``dL/dlogp[i, t] = -A_i c_i / (N T_i)``.
     A sequence counts once, whatever its length.
 
     Args:

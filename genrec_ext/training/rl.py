@@ -45,7 +45,7 @@ class RLConfig:
     users: int = 128
     candidates: int = 16
     updates: int = 2
-    rate: float = 2e-4
+    rate: float = 5e-5
     weights: tuple[float, float, float, float] = (1.0, 0.5, 0.5, 0.1)
     cold_count: int = 5
     kl_weight: float = 0.05
@@ -124,6 +124,7 @@ class Rollout:
     entropy: Tensor  # [N]
     boost: Tensor  # [N]
     rewards: Tensor  # [B, G, 4]
+    found: float  # share of lists that held the item taken before it was put in
 
 
 def _repeated(state: Tensor, rows: int) -> Tensor:
@@ -234,6 +235,7 @@ class SageTrainer:
             list_entropy(scores).repeat_interleave(G),
             self.potential[items.clamp(min=0)].flatten(),
             rewards,
+            1 - missing.float().mean().item(),
         )
 
     @staticmethod
@@ -283,7 +285,6 @@ class SageTrainer:
             self.optimizer.step()
             total += loss.item()
         self.step += 1
-        hit, _, _, diversity = lists.rewards.nanmean((0, 1)).tolist()
         return {
             "loss": total / config.updates,
             "ratio": stats.ratio.item(),
@@ -292,8 +293,8 @@ class SageTrainer:
             "kl": stats.kl.item(),
             "entropy": stats.entropy.item(),
             "list_entropy": lists.entropy.mean().item(),
-            "hit_rate": hit,
-            "diversity": diversity,
+            "hit_rate": lists.found,
+            "diversity": lists.rewards[..., 3].nanmean().item(),
         }
 
     def run(
