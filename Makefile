@@ -57,7 +57,8 @@ format: $(VENV)/linters
 	$(BIN)/ruff format $(PY_SOURCES)
 	$(BIN)/ruff check --fix $(PY_SOURCES)
 
-lint: $(VENV)/linters $(VENV)/torch
+# mypy looks into the packages that ours imports, so they are installed first.
+lint: $(VENV)/linters $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/ruff format --check $(PY_SOURCES)
 	$(BIN)/ruff check $(PY_SOURCES)
