@@ -49,7 +49,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/bench_policy.py
 	$(BIN)/python bench/bench_trie.py
 
-CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench
 
 format: $(VENV)/linters

@@ -64,9 +64,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(checkout, environment):
-    """(environment, the log of `pip install . -v`)."""
+    """(environment, the log of `pip install . -vv`, with what the build printed)."""
     python = environment / "bin" / "python"
-    return environment, run(python, "-m", "pip", "install", "-v", ".", cwd=checkout)
+    return environment, run(python, "-m", "pip", "install", "-vv", ".", cwd=checkout)
 
 
 def test_install_takes_the_torch_that_is_there(installed):
@@ -138,7 +138,7 @@ def test_cuda_library_builds_links_and_loads_without_a_gpu(installed, checkout, 
         "-m",
         "pip",
         "install",
-        "-v",
+        "-vv",
         "--no-deps",
         "--force-reinstall",
         ".",

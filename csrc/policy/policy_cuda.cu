@@ -5,7 +5,7 @@
 // mathematics between.  A loss is three launches: normalise, score, gradient.
 // No index is trusted: a token, range or column list that points outside the row
 // is treated as outside the support.
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include "common/row_cuda.cuh"
 #include "policy/advantages.h"
@@ -136,12 +136,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Strided view of the fused loss's workspace: [N, T, kWorkspace].
-template <class S>
-RowOutputs<S> workspace_outputs(S* w) {
-  return {w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace};
-}
-
 template <class S>
 __global__ void score_sequences(SequenceArgs q, S* workspace) {
   const int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -212,8 +206,6 @@ __global__ void __launch_bounds__(kThreads) advantages(AdvantagesArgs a) {
 
 int64_t blocks_for(int64_t n, int threads) { return (n + threads - 1) / threads; }
 
-int status() { return static_cast<int>(cudaGetLastError()); }
-
 template <class F>
 int by_dtype(DType type, const F& f) {
   switch (type) {
@@ -231,21 +223,17 @@ int by_accumulator(DType type, const F& f) {
 }
 
 int token_logps(const TokenLogpsArgs& a, void* stream) {
-  if (a.in.T == 0) return cudaSuccess;
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     S* norm = static_cast<S*>(a.norm);
     const RowOutputs<S> out{norm, norm + 1, static_cast<S*>(a.entropy), static_cast<S*>(a.logps),
                             1,    2};
-    normalize_rows<T>
-        <<<a.in.N * a.in.T, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a.in, out);
-    return status();
+    return launch(normalize_rows<T>, a.in.N * a.in.T, kThreads, stream, a.in, out);
   });
 }
 
 int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
-  if (a.in.T == 0) return cudaSuccess;
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
@@ -258,9 +246,8 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
                            1,
                            2,
                            1};
-    grad_rows<T><<<a.in.N * a.in.T, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        a.in, row, static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V);
-    return status();
+    return launch(grad_rows<T>, a.in.N * a.in.T, kThreads, stream, a.in, row,
+                  static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V);
   });
 }
 
@@ -268,55 +255,46 @@ int sage_loss(const SageLossArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
-    const cudaStream_t on = static_cast<cudaStream_t>(stream);
     S* w = static_cast<S*>(a.workspace);
     const int64_t rows = a.in.N * a.in.T;
-    if (rows > 0) normalize_rows<T><<<rows, kThreads, 0, on>>>(a.in, workspace_outputs(w));
-    score_sequences<S><<<blocks_for(a.in.N, 64), 64, 0, on>>>(a.sequence, w);
-    if (rows > 0 && a.grad_logits != nullptr) {
-      const RowInputs<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
-      grad_rows<T><<<rows, kThreads, 0, on>>>(a.in, row, static_cast<T*>(a.grad_logits),
-                                              a.grad_stride_n, a.grad_stride_t);
-    }
-    return status();
+    const RowOutputs<S> out{w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace};
+    int code = launch(normalize_rows<T>, rows, kThreads, stream, a.in, out);
+    if (code != cudaSuccess) return code;
+    code = launch(score_sequences<S>, blocks_for(a.in.N, 64), 64, stream, a.sequence, w);
+    if (code != cudaSuccess || a.grad_logits == nullptr) return code;
+    const RowInputs<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
+    return launch(grad_rows<T>, rows, kThreads, stream, a.in, row, static_cast<T*>(a.grad_logits),
+                  a.grad_stride_n, a.grad_stride_t);
   });
 }
 
 int sage_loss_from_logps(const SageFromLogpsArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    score_logps<S><<<blocks_for(a.sequence.N, 64), 64, 0, static_cast<cudaStream_t>(stream)>>>(
-        a.sequence, static_cast<const S*>(a.logps), static_cast<S*>(a.grad_logps));
-    return status();
+    return launch(score_logps<S>, blocks_for(a.sequence.N, 64), 64, stream, a.sequence,
+                  static_cast<const S*>(a.logps), static_cast<S*>(a.grad_logps));
   });
 }
 
 int scale(const ScaleArgs& a, void* stream) {
-  const int64_t total = a.N * a.inner;
-  if (total == 0) return cudaSuccess;
-  const int64_t blocks = blocks_for(total, kThreads);
+  const int64_t blocks = blocks_for(a.N * a.inner, kThreads);
   return by_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    scale_rows<
-        T> < <<blocks<65536 ? blocks : 65536, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-    return status();
+    return launch(scale_rows<T>, blocks > 65536 ? 65536 : blocks, kThreads, stream, a);
   });
 }
 
 int sum(const SumArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    add_up<S><<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-    return status();
+    return launch(add_up<S>, 1, kThreads, stream, a);
   });
 }
 
 int advantages_of(const AdvantagesArgs& a, void* stream) {
-  if (a.B * a.G == 0) return cudaSuccess;
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    advantages<S><<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-    return status();
+    return launch(advantages<S>, 1, kThreads, stream, a);
   });
 }
 
