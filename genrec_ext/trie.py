@@ -68,7 +68,7 @@ class Trie:
                 ``level_offsets[l] + c``, and the level's columns run to the next level's offset
                 (the last level's to the end of the logits).  Default: each level owns the whole row
                 and the column is the code.
-            level_sizes: L integers, where a level's columns end earlier than that.
+            level_sizes: L integers, how many columns each level has, where that is not so.
 
         Raises:
             ValueError: wrong shapes, negative codes, or a code beyond its level's columns.
@@ -91,10 +91,18 @@ class Trie:
             raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
         for level in range(L):
             size = None
-            if level_offsets is not None and level + 1 < L:
-                size = offsets[level + 1] - offsets[level]
             if level_sizes is not None:
-                size = min(int(level_sizes[level]), size or int(level_sizes[level]))
+                size = int(level_sizes[level])
+            elif level_offsets is not None and level + 1 < L:
+                size = offsets[level + 1] - offsets[level]
+            if size is not None and size < 0:
+                raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
+            last = int(array[:, level].max(initial=0)) + offsets[level]
+            if last >= 2**31:
+                raise ValueError(
+                    f"codes and level_offsets reach column {last} at level {level}; columns must "
+                    "stay below 2^31"
+                )
             if size is not None and N and int(array[:, level].max()) >= size:
                 item = int(array[:, level].argmax())
                 raise ValueError(
@@ -153,12 +161,12 @@ class Trie:
         """The columns ``[begin, end)`` that belong to a level, of logits with V columns."""
         self._checked(level)
         begin = 0 if self.level_offsets is None else self.level_offsets[level]
-        ends = []
-        if self.level_offsets is not None and level + 1 < self.levels:
-            ends.append(self.level_offsets[level + 1])
         if self.level_sizes is not None:
-            ends.append(begin + self.level_sizes[level])
-        end = min(ends, default=V)
+            end = begin + self.level_sizes[level]
+        elif self.level_offsets is not None and level + 1 < self.levels:
+            end = self.level_offsets[level + 1]
+        else:
+            end = V
         if end > V:
             raise ValueError(
                 f"level {level} owns columns [{begin}, {end}), but the logits have only {V}"
@@ -186,7 +194,7 @@ class Trie:
         for level in range(nodes.shape[1]):
             at = nodes[:, level].long()
             bad = (at < -1) | (at >= self.num_nodes(level))
-            if bool(bad.any()):
+            if not torch.compiler.is_compiling() and bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise IndexError(
                     f"nodes[{row}, {level}] must lie in [-1, {self.num_nodes(level)}), got "
@@ -239,11 +247,13 @@ class Trie:
         parents = torch.repeat_interleave(
             torch.arange(len(first) - 1, device=first.device), first.diff()
         )
-        stride = max(int(labels.max()), int(column.max()) if len(column) else 0) + 1
+        stride = int(labels.max()) + 1
+        outside = (column < 0) | (column >= stride)
+        column = column.masked_fill(outside, 0)
         wanted = nodes.clamp(min=0) * stride + column
         keys = parents * stride + labels
         place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        found = (nodes >= 0) & (column >= 0) & (keys[place] == wanted)
+        found = (nodes >= 0) & ~outside & (keys[place] == wanted)
         return torch.where(found, place, -1)
 
     def items_of(self, leaf: int) -> Tensor:

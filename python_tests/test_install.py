@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command, cwd=None, env=None):
+def run(*command, cwd=None, env=None, log=False):
+    """Standard output of a command that must succeed; with `log`, of pip, where it tells more."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -23,7 +24,7 @@ def run(*command, cwd=None, env=None):
         text=True,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
+    return result.stdout + result.stderr if log else result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def environment(tmp_path_factory):
 def installed(checkout, environment):
     """(environment, the log of `pip install . -vv`, with what the build printed)."""
     python = environment / "bin" / "python"
-    return environment, run(python, "-m", "pip", "install", "-vv", ".", cwd=checkout)
+    return environment, run(python, "-m", "pip", "install", "-vv", ".", cwd=checkout, log=True)
 
 
 def test_install_takes_the_torch_that_is_there(installed):
@@ -144,6 +145,7 @@ def test_cuda_library_builds_links_and_loads_without_a_gpu(installed, checkout, 
         ".",
         cwd=checkout,
         env={"GENREC_CUDA": "1", "GENREC_CUDA_ARCHS": "90"},
+        log=True,
     )
     assert "CUDA library: yes" in log
     facts = json.loads(run(environment / "bin" / "genrec", "info", "--json", cwd=tmp_path))

@@ -655,3 +655,85 @@ def test_a_support_index_cannot_reach_outside():
         call(logits, tokens, columns=columns, column_begin=at, column_end=at + 3)
     with pytest.raises(IndexError, match=r"columns\[1\] must ascend"):
         call(logits, tokens, columns=columns * 9, column_begin=at, column_end=at + 2)
+
+
+# ---- what must not go wrong silently ----
+
+
+def test_second_derivatives_are_refused():
+    logits, tokens, old, advantages = batch(V=20)
+    logits.requires_grad_()
+    calls = (
+        lambda: genrec_ext.sage_loss(logits, tokens, old, advantages),
+        lambda: genrec_ext.sage_loss(logits * 1, tokens, old, advantages, inplace_grad=True),
+        lambda: genrec_ext.token_logps(logits, tokens)[0].sum(),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(call(), logits, create_graph=True)
+
+
+def test_inplace_gradient_cannot_spoil_what_others_saved():
+    logits, tokens, old, advantages = batch(V=20)
+    logits.requires_grad_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        genrec_ext.sage_loss(logits.tanh(), tokens, old, advantages, inplace_grad=True).backward()
+    middle = logits * 1
+    square = middle.pow(2).sum()
+    loss = genrec_ext.sage_loss(middle, tokens, old, advantages, inplace_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square + loss).backward()
+    shared = (logits[:1] * 1).expand(6, 4, 20)
+    with pytest.raises(ValueError, match="rows of their own memory"):
+        genrec_ext.sage_loss(shared, tokens, old, advantages, inplace_grad=True)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_inplace_gradient_scales_in_place(reduction):
+    logits, tokens, old, advantages = batch(V=20)
+    config = SageConfig(reduction=reduction)
+    weight = torch.rand(()) if reduction == "mean" else torch.rand(6)
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        loss = genrec_ext.sage_loss(
+            leaf * 1, tokens, old, advantages, config=config, inplace_grad=inplace
+        )
+        (loss * weight).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.allclose(*grads, rtol=1e-6)
+
+
+def test_tensors_of_two_devices_are_refused_on_meta_too():
+    logits, tokens, old, advantages = batch(V=20)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        genrec_ext.token_logps(logits, tokens.to("meta"))
+    with pytest.raises(ValueError, match="one device"):
+        genrec_ext.sage_loss(logits, tokens, old, advantages.to("meta"))
+    meta = genrec_ext.token_logps(logits.to("meta"), tokens.to("meta"))
+    assert meta[0].device.type == "meta" and meta[0].shape == (6, 4)
+
+
+def test_float_indices_are_refused():
+    logits, tokens, old, advantages = batch(V=20)
+    with pytest.raises(ValueError, match=r"tokens must be integers, got torch.float32"):
+        genrec_ext.sage_loss(logits, tokens.float(), old, advantages)
+    with pytest.raises(ValueError, match="ranges must be integers"):
+        genrec_ext.token_logps(logits, tokens, ranges=torch.rand(4, 2))
+    assert genrec_ext.token_logps(logits, tokens.int())[0].shape == (6, 4)
+
+
+@pytest.mark.parametrize("form", ("inplace", "trie"))
+def test_compiles_whole_in_every_form(form):
+    logits, tokens, old, advantages = batch(V=20)
+    trie = Trie.from_items(tokens)
+    nodes = trie.nodes_of(tokens)
+    settings = {"inplace_grad": True} if form == "inplace" else {"trie": trie, "nodes": nodes}
+
+    def step(x):
+        return genrec_ext.sage_loss(x * 2, tokens, old, advantages, **settings)
+
+    a, b = (logits.clone().requires_grad_() for _ in range(2))
+    step(a).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(b).backward()
+    assert torch.allclose(a.grad, b.grad)

@@ -406,3 +406,41 @@ def test_empty_catalogue_finds_nothing():
     trie = Trie.from_items(np.zeros((0, 2), dtype=np.int64))
     found = beam_search(lambda level, p, t: torch.zeros(1 if p is None else 3, 4), trie, 3, users=1)
     assert found.items.tolist() == [[-1, -1, -1]]
+
+
+def test_labels_that_do_not_ascend_cannot_reach_outside():
+    first = torch.tensor([0, 3], dtype=torch.int32)
+    for bad in (2**31 - 1, -(2**31)):
+        labels = torch.tensor([0, bad, 1], dtype=torch.int32)
+        with pytest.raises(IndexError, match="but logits have only V = 4"):
+            torch.ops.genrec.trie_beam_step(
+                torch.randn(1, 4),
+                torch.zeros(1, 1),
+                torch.zeros(1, 1).long(),
+                first,
+                labels,
+                2,
+                level_begin=0,
+                level_end=4,
+            )
+
+
+def test_level_sizes_say_otherwise_than_offsets():
+    shared = Trie.from_items([[3, 2]], level_offsets=[0, 0], level_sizes=[4, 4])
+    assert shared.level_columns(0, 8) == shared.level_columns(1, 8) == (0, 4)
+    empty = Trie.from_items(np.zeros((0, 2), dtype=np.int64), level_offsets=[0, 0])
+    nodes, scores = torch.zeros(1, 1).long(), torch.zeros(1, 1)
+    got = genrec_ext.trie_beam_step(torch.zeros(1, 4), scores, nodes, empty, 0, 1, softmax="level")
+    assert got[3].tolist() == [[-1]]
+
+
+def test_columns_beyond_int32_are_refused():
+    for codes, offsets in (([[2**31 - 2]], [10]), ([[1, 1]], [0, 2**32])):
+        with pytest.raises(ValueError, match="must stay below 2"):
+            Trie.from_items(codes, level_offsets=offsets)
+
+
+def test_a_wild_code_does_not_disturb_its_neighbours():
+    trie = Trie.from_items([[i, i % 2] for i in range(9)])
+    codes = torch.tensor([[3, 1], [2**60, 0], [-5, 0], [8, 0]])
+    assert trie.nodes_of(codes).tolist() == [[0, 3], [0, -1], [0, -1], [0, 8]]

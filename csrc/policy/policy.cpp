@@ -133,8 +133,10 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   require(logits.dim() == 3, "logits must have shape [N, T, V], got ", shape_text(logits));
   const int64_t N = logits.size(0), T = logits.size(1), V = logits.size(2);
   require(V > 0, "logits must have at least one column, got shape ", shape_text(logits));
-  require(std::isfinite(temperature) && temperature > 0,
-          "temperature must be a positive number, got ", temperature);
+  const float inverse = static_cast<float>(1 / temperature);
+  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 && std::isfinite(inverse),
+          "temperature must be a positive number whose inverse is one in float32, got ",
+          temperature);
   require_tensor(tokens, "tokens", ScalarType::Long, {N, T}, logits);
   if (mask) require_tensor(*mask, "mask", ScalarType::Bool, {N, T}, logits);
   require(!(ranges && columns), "ranges and columns exclude each other: give one support");
@@ -148,6 +150,9 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   }
   const bool unit = V == 1 || logits.stride(2) == 1;
   require(!inplace || unit, "logits must have unit stride along V for a gradient in place");
+  require(!inplace || ((T <= 1 || logits.stride(1) >= V) && (N <= 1 || logits.stride(0) >= V)),
+          "logits must have rows of their own memory for a gradient in place, got strides ",
+          logits.stride(0), ", ", logits.stride(1), " for V = ", V);
   Rows rows{unit ? logits : torch::stable::contiguous(logits),
             torch::stable::contiguous(tokens),
             contiguous(mask),

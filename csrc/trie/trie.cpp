@@ -50,11 +50,13 @@ void check_nodes(const BeamStepArgs& a, int64_t level_nodes) {
     require<std::out_of_range>(
         0 <= begin && begin <= end && end <= a.next_nodes, "first_child of node ", node,
         " must satisfy 0 <= begin <= end <= ", a.next_nodes, ", got ", begin, " and ", end);
-    // Ascending, so the ends bound all.
-    if (begin < end)
-      require<std::out_of_range>(a.labels[begin] >= 0 && a.labels[end - 1] < a.V,
-                                 "the children of node ", node, " have labels up to ",
-                                 a.labels[end - 1], ", but logits have only V = ", a.V, " columns");
+    bool inside = true;
+    for (int64_t child = begin; child < end; ++child)
+      inside &= static_cast<uint32_t>(a.labels[child]) < static_cast<uint64_t>(a.V);
+    require<std::out_of_range>(
+        inside, "the children of node ", node, " have labels up to ",
+        begin < end ? *std::max_element(a.labels + begin, a.labels + end) : 0,
+        ", but logits have only V = ", a.V, " columns");
   }
 }
 
@@ -77,9 +79,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
           "logits must have shape [U * W, V] with U * W = ", a.U * a.W, ", got ",
           shape_text(logits));
   a.V = logits.size(1);
-  require(width >= 1, "width must be at least 1, got ", width);
-  require(std::isfinite(temperature) && temperature > 0,
-          "temperature must be a positive number, got ", temperature);
+  require(1 <= width && width < (int64_t{1} << 31), "width must be at least 1 and below 2^31, got ",
+          width);
+  const float inverse = static_cast<float>(1 / temperature);
+  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 && std::isfinite(inverse),
+          "temperature must be a positive number whose inverse is one in float32, got ",
+          temperature);
   require_tensor(nodes, "nodes", ScalarType::Long, {a.U, a.W}, logits);
   require_tensor(scores, "scores", ScalarType::Float, {a.U, a.W}, logits);
   require_tensor(first_child, "first_child", ScalarType::Int, {first_child.numel()}, logits);
@@ -120,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
   a.softmax = softmax == "vocab"   ? Softmax::vocab
               : softmax == "level" ? Softmax::level
                                    : Softmax::children;
-  a.inv_temperature = static_cast<float>(1 / temperature);
+  a.inv_temperature = inverse;
   a.forbidden = data_or_null<bool>(held_forbidden);
   a.forbidden_stride = forbidden && forbidden->dim() == 2 ? a.next_nodes : 0;
   a.width = width;

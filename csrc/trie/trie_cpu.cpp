@@ -53,6 +53,8 @@ void normalize_beams(const BeamStepArgs& a, int64_t first, int64_t last) {
         z = normalize_children(a, x, row / a.W, a.first_child[a.nodes[row]],
                                a.first_child[a.nodes[row] + 1]);
     }
+    // A level without columns has no probabilities to give.
+    if (a.softmax == Softmax::level && a.level_begin == a.level_end) z.log_sum = NAN;
     a.norms[2 * row] = z.top;
     a.norms[2 * row + 1] = z.log_sum;
   }

@@ -56,6 +56,29 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.detach().to(dtype)
 
 
+def _integers(name: str, x: Tensor) -> Tensor:
+    """int64 from any integer dtype; a float would lose its fraction silently."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+    return x.long()
+
+
+def _one_device(*tensors: Any) -> None:
+    """For Meta kernels: where one argument is meta, dispatch never asks the real kernel."""
+    devices = {x.device for x in tensors if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"all tensors must be on one device, got {names}")
+
+
+def _first_order_only() -> None:
+    """Gradients here have no gradient of their own: an error, not a silent zero."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "genrec's losses have no second derivative: call backward without create_graph=True"
+        )
+
+
 def _support(
     logits: Tensor,
     ranges: Tensor | Sequence[Any] | None,
@@ -69,7 +92,7 @@ def _support(
     if (trie is None) != (nodes is None):
         raise ValueError("trie and nodes must be given together")
     if ranges is not None:
-        ranges = torch.as_tensor(ranges, dtype=torch.int64, device=logits.device)
+        ranges = _integers("ranges", torch.as_tensor(ranges, device=logits.device))
     if trie is not None:
         columns = trie.support(nodes)
     lists = (None, None, None) if columns is None else columns
@@ -187,7 +210,7 @@ def _token_logps(
 ) -> tuple[Tensor, Tensor]:
     logps, entropy, _ = torch.ops.genrec.token_logps_forward(
         logits,
-        tokens.long(),
+        _integers("tokens", tokens),
         mask=None if mask is None else mask.bool(),
         ranges=ranges,
         columns=columns,
@@ -199,7 +222,8 @@ def _token_logps(
     return logps, entropy
 
 
-def _token_logps_forward_fake(logits: Tensor, tokens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _token_logps_forward_fake(logits: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _one_device(logits, tokens, *rest)
     N, T, _V = logits.shape
     empty = torch.empty_like(logits, dtype=_accumulate_dtype(logits))
     return empty.new_empty((N, T)), empty.new_empty((N, T)), empty.new_empty((N, T, 2))
@@ -222,6 +246,7 @@ def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
 def _token_logps_grad(
     ctx: Any, grad_logps: Tensor, grad_entropy: Tensor, _: Any
 ) -> tuple[Tensor | None, ...]:
+    _first_order_only()
     logits, tokens, norm, entropy, mask, *support = ctx.saved_tensors
     grad = torch.ops.genrec.token_logps_backward(
         grad_logps,
@@ -337,7 +362,9 @@ def sage_loss(
             sums over data-parallel ranks.
         return_stats: also return :class:`SageStats`.
         inplace_grad: write the gradient over the logits, which are then gone: no second tensor of
-            their size is made.  Only for logits that nothing else needs.
+            their size is made.  Only for logits that nothing else needs, with rows of their own
+            memory; what had saved them for a backward (a tanh before, another loss beside) raises.
+            A leaf is overwritten too, and its ``.grad`` is then its own memory.
 
     Returns:
         The loss, a scalar (``[N]`` for ``reduction="none"``) in float32 (float64 for float64
@@ -392,7 +419,7 @@ def _sage_loss_and_stats(
     dtype = _accumulate_dtype(logits)
     loss, stats, _ = torch.ops.genrec.sage_loss_forward(
         logits,
-        tokens.long(),
+        _integers("tokens", tokens),
         _as(old_logps, dtype),
         _as(advantages, dtype),
         **_kernel_arguments(logits, arguments),
@@ -433,7 +460,10 @@ class _InplaceGrad(torch.autograd.Function):
         loss, stats = torch.ops.genrec.sage_loss_forward_(
             logits.detach(), tokens, old_logps, advantages, **arguments
         )
+        # Whoever saved these logits for a backward of their own gets torch's error, not a gradient.
+        torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         ctx.grad = logits.detach()
         return loss, stats
 
@@ -444,8 +474,15 @@ class _InplaceGrad(torch.autograd.Function):
                 "sage_loss(inplace_grad=True) holds its only gradient in the logits' memory, so "
                 "its backward runs once; use inplace_grad=False to run it again"
             )
+        if grad_loss is None:
+            return (None,) * 5
+        _first_order_only()
         grad, ctx.grad = ctx.grad, None
-        return _times(grad_loss, grad), None, None, None, None
+        if not _is_one(grad_loss):
+            grad.mul_(
+                grad_loss.view(-1, *(1,) * (grad.dim() - 1)) if grad_loss.dim() else grad_loss
+            )
+        return grad, None, None, None, None
 
 
 def _sage_loss_inplace(
@@ -460,17 +497,25 @@ def _sage_loss_inplace(
     dtype = _accumulate_dtype(logits)
     return _InplaceGrad.apply(
         logits,
-        tokens.long(),
+        _integers("tokens", tokens),
         _as(old_logps, dtype),
         _as(advantages, dtype),
         _kernel_arguments(logits, arguments),
     )
 
 
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether it is known, without waiting for a device or breaking a graph, to be a scalar 1."""
+    if torch.compiler.is_compiling() or type(grad_output) is not Tensor:
+        return False
+    if grad_output.device.type != "cpu" or grad_output.dim():
+        return False
+    return not torch._C._functorch.is_batchedtensor(grad_output) and grad_output.item() == 1.0
+
+
 def _times(grad_output: Tensor, grad: Tensor) -> Tensor:
     """grad scaled by what comes in, without a pass over it where that is the usual 1."""
-    plain = type(grad_output) is Tensor and grad_output.device.type == "cpu"
-    if plain and grad_output.dim() == 0 and grad_output.item() == 1.0:
+    if _is_one(grad_output):
         return grad
     return torch.ops.genrec.sage_loss_backward(grad_output, grad)
 
@@ -482,11 +527,13 @@ def _losses_fake(logits: Tensor, reduce: bool) -> tuple[Tensor, Tensor]:
 
 
 def _sage_loss_forward_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device(logits, *rest)
     reduce, _validate, with_grad = rest[-3:]
     return (*_losses_fake(logits, reduce), logits.new_empty(logits.shape if with_grad else (0,)))
 
 
 def _sage_loss_forward_inplace_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _one_device(logits, *rest)
     return _losses_fake(logits, rest[-2])
 
 
@@ -497,11 +544,15 @@ def _sage_loss_backward_fake(grad_output: Tensor, grad: Tensor) -> Tensor:
 def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, stats, grad = output
     ctx.mark_non_differentiable(stats, grad)
+    ctx.set_materialize_grads(False)  # else a zero tensor as large as the logits is made for `grad`
     ctx.inputs = len(inputs)
     ctx.save_for_backward(grad)
 
 
 def _kept_grad(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.inputs
+    _first_order_only()
     (grad,) = ctx.saved_tensors
     return (_times(grad_loss, grad), *(None,) * (ctx.inputs - 1))
 
@@ -589,6 +640,7 @@ def _sage_loss_from_logps(
 
 
 def _sage_loss_from_logps_forward_fake(logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device(logps, *rest)
     return (*_losses_fake(logps, rest[-1]), logps.new_empty(logps.shape))
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .policy import _integers, _one_device
+
 if TYPE_CHECKING:
     from ..trie import Trie
 
@@ -63,7 +65,7 @@ def trie_beam_step(
     return torch.ops.genrec.trie_beam_step(
         logits.detach(),
         scores.detach().float(),
-        nodes.long(),
+        _integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
         width,
@@ -82,8 +84,11 @@ def _trie_beam_step_fake(
     first_child: Tensor,
     labels: Tensor,
     width: int,
+    *,
+    forbidden: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _one_device(logits, scores, nodes, first_child, labels, forbidden)
     shape = (nodes.shape[0], width)
     parent, token, node = (nodes.new_empty(shape) for _ in range(3))
     return scores.new_empty(shape), parent, token, node
