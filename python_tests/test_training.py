@@ -157,6 +157,7 @@ def test_a_finished_run_resumed_trains_no_further(data_file, finished, monkeypat
     monkeypatch.setattr(SFTTrainer, "_train_step", None)
     monkeypatch.setattr(SageTrainer, "train_step", None)
     assert training.train(settings(data_file, out, resume=True))["test"] == metrics["test"]
+    assert training.evaluate(out) == metrics["test"]
 
 
 def test_a_small_time_budget_plans_fewer_epochs(data_file, tmp_path):

@@ -28,8 +28,9 @@ from .sft import SFTTrainer
 
 METRIC = "recall@10"
 CHECKPOINT = "checkpoint.pt"
-# Shares of a time budget: what the sft stage leaves for rl, and what both leave for evaluation.
-_RL_SHARE, _END_SHARE = 0.2, 0.06
+# Of a time budget: the share that the sft stage leaves for rl, and what both leave for the end, a
+# share or some validations' worth (two test rankings are wider than a validation's).
+_RL_SHARE, _END_SHARE, _END_VALIDATIONS = 0.2, 0.06, 6
 _SAVE_SECONDS = 15.0
 _VALIDATIONS = 7  # of the sft stage, evenly spread
 _RL_VALIDATIONS = 5
@@ -96,6 +97,8 @@ class _Training:
         self.best: dict[str, Any] | None = None  # the state with the best validation, its figures
         self.earlier = 0.0  # seconds of the runs that this one resumes
         self.saved = 0.0
+        self.validation_seconds = 0.0  # the longest so far
+        self.ranked: np.ndarray | None = None  # the kept model's test ranking
 
     # ---- what a run starts from ----
 
@@ -132,11 +135,15 @@ class _Training:
         """Wall-clock seconds of the whole run, resumed parts included."""
         return self.earlier + time.monotonic() - self.started
 
-    def left(self, share_kept: float) -> float:
-        """Seconds until only that share of the budget is left; infinite without a budget."""
+    def left(self, stage: str) -> float:
+        """Seconds that a stage may still take; infinite without a budget."""
         if self.config.minutes is None:
             return float("inf")
-        return self.config.minutes * 60 * (1 - share_kept) - self.seconds()
+        budget = self.config.minutes * 60
+        later = max(_END_SHARE * budget, _END_VALIDATIONS * self.validation_seconds)
+        if stage == "sft" and "rl" in self.config.stages:
+            later += _RL_SHARE * budget
+        return budget - later - self.seconds()
 
     def note(self, **line: Any) -> None:
         """A line of ``metrics.jsonl``."""
@@ -193,6 +200,7 @@ class _Training:
 
     def validate(self, stage: str, step: int) -> bool:
         """Validates, keeps the state if it is the best so far, and says so."""
+        began = time.monotonic()
         items = evaluation.rank(
             self.model,
             self.trie,
@@ -200,6 +208,7 @@ class _Training:
             width=evaluation.VALIDATION_WIDTH,
         )
         figures = evaluation.figures(items, self.split.valid_targets, self.split, self.group)
+        self.validation_seconds = max(self.validation_seconds, time.monotonic() - began)
         self.note(stage=stage, step=step, valid=figures)
         better = self.best is None or figures[METRIC] > self.best["valid"][METRIC]
         if better:
@@ -207,18 +216,30 @@ class _Training:
             self.best = {"stage": stage, "step": step, "valid": figures, "state": state}
         return better
 
+    def take_best(self) -> None:
+        """Goes back to the best state so far."""
+        assert self.best is not None
+        self.model.load_state_dict(self.best["state"])
+
     def finish_stage(self, stage: str, steps: int, seconds: float) -> None:
         """Goes back to the best state so far and takes its test figures."""
         assert self.best is not None
-        self.model.load_state_dict(self.best["state"])
-        items = evaluation.rank(self.model, self.trie, self.split.test_histories())
+        self.take_best()
+        if self.ranked is None or self.best["stage"] == stage:
+            self.ranked = self.rank_test()
         self.stages[stage] = {
             "valid": self.best["valid"],
-            "test": evaluation.figures(items, self.split.test_targets, self.split, self.group),
+            "test": evaluation.figures(
+                self.ranked, self.split.test_targets, self.split, self.group
+            ),
             "steps": steps,
             "seconds": round(seconds, 2),
             "kept": {"stage": self.best["stage"], "step": self.best["step"]},
         }
+
+    def rank_test(self) -> np.ndarray:
+        """The model's ranking for the test users."""
+        return evaluation.rank(self.model, self.trie, self.split.test_histories())
 
     # ---- the stages ----
 
@@ -239,7 +260,6 @@ class _Training:
         )
         if restored is not None:
             trainer.load_state_dict(restored["trainer"])
-        reserve = _END_SHARE + (_RL_SHARE if "rl" in self.config.stages else 0.0)
         began, first_epoch = self.seconds(), trainer.epoch
         stale = self._stale_validations()
         bar = tqdm(
@@ -255,14 +275,14 @@ class _Training:
             bar.set_postfix(loss=f"{parts['loss']:.3f}", epoch=trainer.epoch, refresh=False)
 
         while not trainer.done and stale < self.config.patience:
-            losses = trainer.train_epoch(stop=lambda: self.left(reserve) <= 0, progress=progress)
+            losses = trainer.train_epoch(stop=lambda: self.left("sft") <= 0, progress=progress)
             if losses:
                 self.note(stage="sft", step=trainer.step, epoch=trainer.epoch, **losses)
             # Plan for the budget by the pace so far, validations included.
             pace = (self.seconds() - began) / max(trainer.epoch - first_epoch, 1)
-            out_of_time = self.left(reserve) <= 0
-            if self.left(reserve) < pace * (trainer.epochs - trainer.epoch):
-                trainer.shorten(trainer.epoch + int(self.left(reserve) / pace))
+            out_of_time = self.left("sft") <= 0
+            if self.left("sft") < pace * (trainer.epochs - trainer.epoch):
+                trainer.shorten(trainer.epoch + int(self.left("sft") / pace))
                 bar.total = trainer.epochs * trainer.epoch_steps
             every = max(1, trainer.epochs // _VALIDATIONS)
             if trainer.done or out_of_time or trainer.epoch % every == 0:
@@ -285,6 +305,7 @@ class _Training:
     def rl(self, restored: dict[str, Any] | None) -> None:
         from tqdm import tqdm
 
+        self.take_best()
         trainer = SageTrainer(
             self.model, self.trie, self.split.train, self.counts, self.config.rl, self.config.seed
         )
@@ -308,7 +329,7 @@ class _Training:
             self.note(stage="rl", step=trainer.step, **figures)
 
         def stop() -> bool:
-            return self.left(_END_SHARE) <= 0
+            return self.left("rl") <= 0
 
         while trainer.step < self.config.rl.steps and not stop():
             trainer.run(every - trainer.step % every, stop=stop, progress=progress)
@@ -337,6 +358,7 @@ class _Training:
         }
 
     def finish(self) -> dict[str, Any]:
+        self.take_best()
         last = self.stages[[stage for stage in self.config.stages if stage in self.stages][-1]]
         metrics: dict[str, Any] = {
             "test": last["test"],
@@ -359,7 +381,7 @@ class _Training:
             "threads": torch.get_num_threads(),
         }
         histories = self.split.test_histories()
-        items = evaluation.rank(self.model, self.trie, histories)
+        items = self.rank_test() if self.ranked is None else self.ranked
         report.write(
             self.folder / "report.html",
             metrics,

@@ -1,0 +1,26 @@
+"""The README's examples run as they stand there."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    losses = [float(line) for line in printed[:4]]
+    assert losses[-1] < losses[0], "four steps on one batch must lower its loss"
+    assert "tensor" in printed[4]
+
+
+def test_pictures_and_links_exist():
+    text = README.read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    for link in links:
+        assert (README.parent / link).exists(), link
