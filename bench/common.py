@@ -76,7 +76,7 @@ def write(
         f"# {title}",
         "",
         f"`{command}` on {facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}, "
-        f"torch {facts['torch']}. Medians of interleaved runs, milliseconds.",
+        f"torch {facts['torch']}, default allocator. Medians of interleaved runs, milliseconds.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
