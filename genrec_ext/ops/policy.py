@@ -41,6 +41,13 @@ Columns = tuple[Tensor, Tensor, Tensor]
 
 _DEFAULT = SageConfig()
 _SUPPORT = ("ranges", "columns", "column_begin", "column_end")
+# The fields of SageConfig that make an objective; dataclasses.asdict would copy deeply, which
+# torch.compile does not follow on torch 2.11.
+_OBJECTIVE = tuple(
+    field.name
+    for field in dataclasses.fields(SageConfig)
+    if field.name not in ("temperature", "reduction")
+)
 # The order of a row of `stats`, as csrc/policy/kernels.h lists it.
 _STATS = ("ratio", "coefficient", "capped", "entropy", "p", "kl")
 
@@ -129,9 +136,7 @@ def _sequence_inputs(
 
 def _objective(config: SageConfig) -> dict[str, Any]:
     """A config as the operators' arguments."""
-    fields = dataclasses.asdict(config)
-    del fields["temperature"], fields["reduction"]
-    return fields
+    return {name: getattr(config, name) for name in _OBJECTIVE}
 
 
 # ---- token_logps ----
