@@ -282,7 +282,13 @@ def test_sage_loss_gradcheck_where_nothing_is_capped(objective):
     def f(x):
         return genrec_ext.sage_loss(x, tokens, old, advantages, ref_logps=old - 0.2, config=config)
 
+    def g(x):
+        return genrec_ext.sage_loss_from_logps(
+            x, old, advantages, ref_logps=old - 0.2, config=config
+        )
+
     assert gradcheck(f, logits)
+    assert gradcheck(g, (old - 0.01).requires_grad_())
 
 
 def test_from_logps_matches_the_fused_loss():

@@ -38,6 +38,7 @@ def trie_beam_step(
 
     Args:
         logits: ``[U * W, V]``, float32, bfloat16 or float16; row ``u * W + w`` is beam w of user u.
+            CUDA tensors are copied to the CPU and the results back: there is no CUDA kernel yet.
         scores: ``[U, W]``, the beams' log-probabilities so far.
         nodes: ``[U, W]`` integers, each beam's node within ``level``; -1 is a dead beam.
         trie: the catalogue.
@@ -62,12 +63,19 @@ def trie_beam_step(
     order of ties are ours.
     """
     level_begin, level_end = trie.level_columns(level, logits.shape[-1])
-    return torch.ops.genrec.trie_beam_step(
+    tensors = [
         logits.detach(),
         scores.detach().float(),
         _integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
+    ]
+    device = logits.device
+    if device.type == "cuda":  # no CUDA kernel yet: the step runs on the CPU
+        tensors = [x.cpu() for x in tensors]
+        forbidden = None if forbidden is None else forbidden.cpu()
+    found = torch.ops.genrec.trie_beam_step(
+        *tensors,
         width,
         level_begin=level_begin,
         level_end=level_end,
@@ -75,6 +83,7 @@ def trie_beam_step(
         temperature=temperature,
         forbidden=forbidden,
     )
+    return tuple(x.to(device) for x in found) if device.type == "cuda" else found
 
 
 def _trie_beam_step_fake(
