@@ -743,3 +743,22 @@ def test_compiles_whole_in_every_form(form):
     step(a).backward()
     torch.compile(step, fullgraph=True, backend="aot_eager")(b).backward()
     assert torch.allclose(a.grad, b.grad)
+
+
+def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded():
+    logits, tokens, old, advantages = batch(N=256, V=1024, spread=1.0)
+    half = logits.half().requires_grad_()
+    wide = logits.half().double().requires_grad_()
+    mask = torch.rand(256, 4) < 0.8
+    loss, stats = genrec_ext.sage_loss(half, tokens, old, advantages, mask=mask, return_stats=True)
+    want, want_stats = reference.sage_loss(
+        wide, tokens, old.double(), advantages.double(), mask=mask, return_stats=True
+    )
+    assert torch.allclose(stats.entropy.double(), want_stats.entropy, rtol=1e-5)
+    (got,) = torch.autograd.grad(loss * 65536, half)
+    (exact,) = torch.autograd.grad(want, wide)
+    error = (got.double() / 65536 - exact).norm() / exact.norm()
+    assert error < 1e-3
+    small = (exact != 0) & (exact.abs() < 1e-6)
+    assert small.float().mean() > 0.3, "the case has no small gradients to lose"
+    assert (got[small] == 0).float().mean() < 0.05

@@ -368,7 +368,8 @@ def sage_loss(
         return_stats: also return :class:`SageStats`.
         inplace_grad: write the gradient over the logits, which are then gone: no second tensor of
             their size is made.  Only for logits that nothing else needs, with rows of their own
-            memory; what had saved them for a backward (a tanh before, another loss beside) raises.
+            memory (float16 rounds before a loss scale reaches it: use bfloat16); what had saved
+            them for a backward (a tanh before, another loss beside) raises.
             A leaf is overwritten too, and its ``.grad`` is then its own memory.
 
     Returns:
@@ -422,15 +423,42 @@ def _sage_loss_and_stats(
     logits: Tensor, tokens: Tensor, old_logps: Tensor, advantages: Tensor, **arguments: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = _accumulate_dtype(logits)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    if with_grad and logits.dtype == torch.float16:
+        return _sage_loss_in_two_steps(logits, tokens, old_logps, advantages, arguments)
     loss, stats, _ = torch.ops.genrec.sage_loss_forward(
         logits,
         _integers("tokens", tokens),
         _as(old_logps, dtype),
         _as(advantages, dtype),
         **_kernel_arguments(logits, arguments),
-        with_grad=torch.is_grad_enabled() and logits.requires_grad,
+        with_grad=with_grad,
     )
     return loss, stats
+
+
+def _sage_loss_in_two_steps(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The same for float16, whose gradient is made in backward.
+
+    Made in forward it would be rounded before a loss scale reaches it: 79% of its off-token values
+    were 0 at N, T, V = 4096, 4, 1024.  So the logits are read once forward, once backward.
+    """
+    scoring = {name: arguments[name] for name in (*_SUPPORT, "temperature", "validate", "mask")}
+    rest = {name: value for name, value in arguments.items() if name not in scoring}
+    logps, token_entropy = torch.ops.genrec.token_logps(logits, tokens, **scoring)
+    loss, stats = _from_logps(logps, old_logps, advantages, mask=arguments["mask"], **rest)
+    mask = arguments["mask"]
+    length = max(token_entropy.shape[1], 1)
+    count = length if mask is None else mask.sum(-1).clamp(min=1)
+    mean = token_entropy.detach().sum(-1) / count  # 0 where the mask is False
+    place = _STATS.index("entropy")
+    return loss, torch.cat([stats[:, :place], mean.unsqueeze(1), stats[:, place + 1 :]], 1)
 
 
 def _sage_loss(
