@@ -15,4 +15,16 @@ struct f16_t {
   uint16_t bits;
 };
 
+// What a row of T is accumulated in: f32, or double for double.
+template <class T>
+struct accumulator {
+  using type = float;
+};
+template <>
+struct accumulator<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename accumulator<T>::type;
+
 }  // namespace genrec

@@ -14,17 +14,6 @@ namespace genrec::cuda {
 
 inline constexpr int kThreads = 256;
 
-template <class T>
-struct accumulator {
-  using type = float;
-};
-template <>
-struct accumulator<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename accumulator<T>::type;
-
 __device__ __forceinline__ float load(const float* p) { return *p; }
 __device__ __forceinline__ double load(const double* p) { return *p; }
 __device__ __forceinline__ float load(const bf16_t* p) {

@@ -84,18 +84,6 @@ GENREC_INLINE vfloat exp_nonpositive(vfloat x) {
 
 // ---- rows of any element type, as floats, a block at a time ----
 
-// What a row of T is accumulated in: f32, or double for double.
-template <class T>
-struct accumulator {
-  using type = float;
-};
-template <>
-struct accumulator<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename accumulator<T>::type;
-
 // Returns n floats: the row itself, or `scratch` filled by conversion.
 GENREC_INLINE const float* as_floats(const float* row, int64_t, float*) { return row; }
 GENREC_INLINE const double* as_floats(const double* row, int64_t, double*) { return row; }

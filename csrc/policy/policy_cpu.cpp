@@ -32,19 +32,11 @@ RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
   return {x, nullptr, in.V};
 }
 
-// Whether the row's support holds this column.  Lists are ascending.
+// Whether the row's support holds this column.
 template <class T>
 bool holds(const RowView<T>& row, int64_t first, int64_t column) {
   if (row.columns == nullptr) return column >= first && column < first + row.n;
-  int64_t low = 0, high = row.n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (row.columns[middle] < column)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low < row.n && row.columns[low] == column;
+  return lists(row.columns, row.n, column);
 }
 
 // The gradient of one row, its token's own column included.

@@ -42,15 +42,7 @@ __device__ RowColumns columns_of(const Scores& in, int64_t r) {
 
 __device__ bool holds(const RowColumns& c, int64_t column) {
   if (c.list == nullptr) return column >= c.first && column < c.first + c.n;
-  int64_t low = 0, high = c.n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (c.list[middle] < column)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low < c.n && c.list[low] == column;
+  return lists(c.list, c.n, column);
 }
 
 template <class T>

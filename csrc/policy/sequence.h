@@ -13,6 +13,19 @@ GENREC_HD S at_or(const void* p, int64_t i, S fallback) {
 
 GENREC_HD bool counts(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
+// Whether an ascending list of n columns holds this one.
+GENREC_HD bool lists(const int32_t* columns, int64_t n, int64_t column) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (columns[middle] < column)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < n && columns[low] == column;
+}
+
 // The sequence part of every objective: from a sequence's log-probabilities
 // (any callable of t) to its loss, its statistics and, through `slope`, the
 // derivative of the scaled loss by each log-probability.
