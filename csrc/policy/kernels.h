@@ -50,6 +50,7 @@ struct TokenLogpsBackwardArgs {
   const void* grad_logps = nullptr;    // S [N, T]
   const void* grad_entropy = nullptr;  // S [N, T]
   void* grad_logits = nullptr;         // like logits, contiguous
+  bool grad_is_zero = false;           // CPU only: it needs no zeros outside the support
 };
 
 inline constexpr int kStats = 6;  // ratio, coefficient, capped share, entropy, p, divergence
@@ -73,6 +74,7 @@ struct SageLossArgs {
   SequenceArgs sequence;
   void* grad_logits = nullptr;  // null: no gradient wanted; may be the logits themselves
   int64_t grad_stride_n = 0, grad_stride_t = 0;
+  bool grad_is_zero = false;  // CPU only: it needs no zeros outside the support
   void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
