@@ -2,12 +2,10 @@
 // gradient.  The device's counterpart of row.h; torch-free.
 #pragma once
 
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 #include <cstdint>
 
+#include "common/cuda.cuh"
 #include "common/dtype.h"
 
 namespace genrec::cuda {
@@ -19,9 +17,7 @@ __device__ __forceinline__ double load(const double* p) { return *p; }
 __device__ __forceinline__ float load(const bf16_t* p) {
   return __uint_as_float(static_cast<uint32_t>(p->bits) << 16);
 }
-__device__ __forceinline__ float load(const f16_t* p) {
-  return __half2float(__ushort_as_half(p->bits));
-}
+__device__ __forceinline__ float load(const f16_t* p) { return half_bits_to_float(p->bits); }
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(double* p, double x) { *p = x; }
 __device__ __forceinline__ void store(bf16_t* p, float x) {
@@ -29,9 +25,7 @@ __device__ __forceinline__ void store(bf16_t* p, float x) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
   p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
-__device__ __forceinline__ void store(f16_t* p, float x) {
-  p->bits = __half_as_ushort(__float2half_rn(x));
-}
+__device__ __forceinline__ void store(f16_t* p, float x) { p->bits = float_to_half_bits(x); }
 
 // Part of a row's sum: e = sum exp(d), w = sum d exp(d), d = (x - top) / temperature.
 template <class S>
@@ -73,7 +67,7 @@ __device__ __forceinline__ Partial<S> merge(Partial<S> a, Partial<S> b, S inv_te
 // Every thread calls it; thread 0 gets the whole.
 template <class S>
 __device__ Partial<S> merge_block(Partial<S> mine, S inv_temperature) {
-  __shared__ Partial<S> shared[kThreads];
+  GENREC_SHARED(Partial<S>, shared, kThreads);
   shared[threadIdx.x] = mine;
   for (int width = kThreads / 2; width > 0; width /= 2) {
     __syncthreads();
@@ -83,20 +77,6 @@ __device__ Partial<S> merge_block(Partial<S> mine, S inv_temperature) {
   }
   __syncthreads();
   return shared[0];
-}
-
-// A launch as a function call, which formatters and simulators understand; none
-// for an empty grid.  Returns a cudaError_t.
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-           Arguments... arguments) {
-  if (blocks == 0) return static_cast<int>(cudaSuccess);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  return static_cast<int>(
-      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 }  // namespace genrec::cuda

@@ -57,7 +57,9 @@ template <class Args>
 void run(int (*launch)(const Args&, void*), const Args& args, int64_t N, int64_t,
          const Tensor& where) {
   if (N == 0) return;
+#if !defined(GENREC_SIMULATOR)  // whose device is the CPU
   const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+#endif
   check_launch(launch(args, current_stream(where.get_device_index())));
 }
 
@@ -562,7 +564,7 @@ Tensor decoupled_advantages(const Tensor& rewards, const Tensor& weights,
 
 }  // namespace
 
-#if defined(GENREC_CUDA_LIBRARY)
+#if defined(GENREC_CUDA_LIBRARY) && !defined(GENREC_SIMULATOR)
 STABLE_TORCH_LIBRARY_IMPL(genrec, CUDA, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {

@@ -5,8 +5,6 @@
 // mathematics between.  A loss is three launches: normalise, score, gradient.
 // No index is trusted: a token, range or column list that points outside the row
 // is treated as outside the support.
-#include <cuda_runtime.h>
-
 #include "common/row_cuda.cuh"
 #include "policy/advantages.h"
 #include "policy/kernels.h"
@@ -165,7 +163,7 @@ __global__ void scale_rows(ScaleArgs a) {
 // One block; each thread adds a contiguous part, thread 0 adds the parts in order.
 template <class S>
 __global__ void __launch_bounds__(kThreads) add_up(SumArgs a) {
-  __shared__ double parts[kThreads];
+  GENREC_SHARED(double, parts, kThreads);
   const int64_t share = (a.N + kThreads - 1) / kThreads, first = threadIdx.x * share;
   double total = 0;
   for (int64_t n = first; n < a.N && n < first + share; ++n)
@@ -188,12 +186,18 @@ __global__ void __launch_bounds__(kThreads) advantages(AdvantagesArgs a) {
   for (int64_t b = threadIdx.x; b < a.B; b += kThreads)
     group_advantages(a, b, rewards, weights, out);
   __syncthreads();
-  __shared__ Spread batch;
+  GENREC_SHARED(Spread, batch, 1);
   if (threadIdx.x == 0)
-    batch = spread(N, a.unbiased, [&](int64_t n) { return static_cast<double>(out[n]); });
+    batch[0] = spread(N, a.unbiased, [&](int64_t n) { return static_cast<double>(out[n]); });
   __syncthreads();
   for (int64_t n = threadIdx.x; n < N; n += kThreads)
-    out[n] = batch_advantage(a, n, rewards, out[n], batch);
+    out[n] = batch_advantage(a, n, rewards, out[n], batch[0]);
+}
+
+Launch on(int64_t blocks, int threads, void* stream) {
+  Launch how{blocks, threads};
+  how.stream = stream;
+  return how;
 }
 
 int64_t blocks_for(int64_t n, int threads) { return (n + threads - 1) / threads; }
@@ -221,7 +225,7 @@ int token_logps(const TokenLogpsArgs& a, void* stream) {
     S* norm = static_cast<S*>(a.norm);
     const RowOutputs<S> out{norm, norm + 1, static_cast<S*>(a.entropy), static_cast<S*>(a.logps),
                             1,    2};
-    return launch(normalize_rows<T>, a.in.N * a.in.T, kThreads, stream, a.in, out);
+    return launch(normalize_rows<T>, on(a.in.N * a.in.T, kThreads, stream), a.in, out);
   });
 }
 
@@ -238,7 +242,7 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
                            1,
                            2,
                            1};
-    return launch(grad_rows<T>, a.in.N * a.in.T, kThreads, stream, a.in, row,
+    return launch(grad_rows<T>, on(a.in.N * a.in.T, kThreads, stream), a.in, row,
                   static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V);
   });
 }
@@ -250,20 +254,20 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     S* w = static_cast<S*>(a.workspace);
     const int64_t rows = a.in.N * a.in.T;
     const RowOutputs<S> out{w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace};
-    int code = launch(normalize_rows<T>, rows, kThreads, stream, a.in, out);
+    int code = launch(normalize_rows<T>, on(rows, kThreads, stream), a.in, out);
     if (code != cudaSuccess) return code;
-    code = launch(score_sequences<S>, blocks_for(a.in.N, 64), 64, stream, a.sequence, w);
+    code = launch(score_sequences<S>, on(blocks_for(a.in.N, 64), 64, stream), a.sequence, w);
     if (code != cudaSuccess || a.grad_logits == nullptr) return code;
     const RowInputs<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
-    return launch(grad_rows<T>, rows, kThreads, stream, a.in, row, static_cast<T*>(a.grad_logits),
-                  a.grad_stride_n, a.grad_stride_t);
+    return launch(grad_rows<T>, on(rows, kThreads, stream), a.in, row,
+                  static_cast<T*>(a.grad_logits), a.grad_stride_n, a.grad_stride_t);
   });
 }
 
 int sage_loss_from_logps(const SageFromLogpsArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    return launch(score_logps<S>, blocks_for(a.sequence.N, 64), 64, stream, a.sequence,
+    return launch(score_logps<S>, on(blocks_for(a.sequence.N, 64), 64, stream), a.sequence,
                   static_cast<const S*>(a.logps), static_cast<S*>(a.grad_logps));
   });
 }
@@ -272,21 +276,21 @@ int scale(const ScaleArgs& a, void* stream) {
   const int64_t blocks = blocks_for(a.N * a.inner, kThreads);
   return by_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    return launch(scale_rows<T>, blocks > 65536 ? 65536 : blocks, kThreads, stream, a);
+    return launch(scale_rows<T>, on(blocks > 65536 ? 65536 : blocks, kThreads, stream), a);
   });
 }
 
 int sum(const SumArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    return launch(add_up<S>, 1, kThreads, stream, a);
+    return launch(add_up<S>, on(1, kThreads, stream), a);
   });
 }
 
 int advantages_of(const AdvantagesArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    return launch(advantages<S>, 1, kThreads, stream, a);
+    return launch(advantages<S>, on(1, kThreads, stream), a);
   });
 }
 

@@ -1,0 +1,153 @@
+// The one header through which .cu and .cuh files see CUDA: nvcc's own, or the
+// simulator that runs the same source on a CPU in the tests.  Torch-free.
+//
+// Three habits let one source serve both: kernels are launched by `launch`,
+// shared memory is declared by the two macros below, and what a cluster's blocks
+// share is reached by `cluster_peer`.
+#pragma once
+
+#if defined(GENREC_SIMULATOR)
+#include "simulator/cuda_simulator.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// A block's static shared array T name[n], uninitialised.
+#define GENREC_SHARED(T, name, n) __shared__ T name[n]
+// T* name: the launch's dynamic shared memory, aligned to 16 bytes.  The byte array
+// has one name for every T, since nvcc folds them into one declaration.
+#define GENREC_DYNAMIC_SHARED(T, name)                                    \
+  extern __shared__ __align__(16) unsigned char genrec_dynamic_shared_[]; \
+  T* name = reinterpret_cast<T*>(genrec_dynamic_shared_)
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+namespace genrec::cuda {
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  int cluster = 1;    // blocks a cluster, compute capability 9.0 or later; divides `blocks`
+  void* stream = nullptr;
+};
+
+// What a launch may ask for without saying so to the kernel first.
+inline constexpr size_t kPlainShared = 48 << 10;
+
+// A launch as a function call, which formatters and simulators understand; none
+// for an empty grid.  Returns a cudaError_t.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
+  if (how.blocks == 0) return static_cast<int>(cudaSuccess);
+  if (how.blocks < 0 || how.blocks > INT32_MAX || how.threads < 1 || how.cluster < 1)
+    return static_cast<int>(cudaErrorInvalidConfiguration);
+  cudaError_t code = cudaSuccess;
+  if (how.shared > kPlainShared)
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(how.shared));
+  if (code == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
+    config.dynamicSmemBytes = how.shared;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    cudaLaunchAttribute cluster{};
+    if (how.cluster > 1) {
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+    }
+    code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  // The caller reports it; left in place, torch would too, at an unrelated call.
+  if (code != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(code);
+}
+
+struct DeviceLimits {
+  int capability;        // 80, 90, 100, ...; 0 where there is no device
+  int shared_per_block;  // bytes, the most that a launch may ask for
+  int multiprocessors;
+};
+
+// Of the current device; asked once a thread and device, with no synchronisation.
+inline DeviceLimits device_limits() {
+  thread_local int known = -1;
+  thread_local DeviceLimits limits{};
+  int device = 0, major = 0, minor = 0;
+  DeviceLimits found{};
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  if (device == known) return limits;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                             device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+          cudaSuccess)
+    return {};
+  found.capability = 10 * major + minor;
+  known = device;
+  return limits = found;
+}
+
+#if !defined(GENREC_SIMULATOR)
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define GENREC_HAS_CLUSTERS 1
+#endif
+
+// This block's rank in its cluster: 0 where there is none.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if defined(GENREC_HAS_CLUSTERS)
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+// A barrier of every thread of the cluster, after which each block sees what the
+// others wrote to shared memory, its own and theirs.
+__device__ __forceinline__ void cluster_sync() {
+#if defined(GENREC_HAS_CLUSTERS)
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same shared variable in the cluster's block of this rank.  It may be touched
+// only after a cluster_sync that this block's start precedes, and before one that
+// its end follows.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* shared, unsigned rank) {
+#if defined(GENREC_HAS_CLUSTERS)
+  uint64_t peer;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(peer)
+               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(peer);
+#else
+  static_cast<void>(rank);
+  return shared;
+#endif
+}
+
+// IEEE binary16, rounded to nearest even.
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+__device__ __forceinline__ uint16_t float_to_half_bits(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+
+#endif
+
+}  // namespace genrec::cuda

@@ -1,0 +1,747 @@
+// The policy family's CUDA kernels on random cases, against their definition in
+// float64 written below: `check_policy TRIALS [SEED]` exits with 0 where all agree
+// and says what does not.  Every buffer is on the heap and exactly as large as its
+// contract says, so that AddressSanitizer sees a step outside.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "policy/kernels.h"
+#include "simulator/cuda_simulator.h"
+
+namespace genrec::policy {
+
+extern const CudaKernels cuda_kernels;
+
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// ---- numbers and buffers ----
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {  // splitmix64
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+  bool one_in(int64_t n) { return below(n) == 0; }
+  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
+  double normal() {
+    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
+  }
+};
+
+size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+double epsilon(DType t) {
+  switch (t) {
+    case DType::f64: return 0x1p-52;
+    case DType::f32: return 0x1p-23;
+    case DType::bf16: return 0x1p-8;
+    case DType::f16: return 0x1p-10;
+  }
+  return 0;
+}
+
+// Elements of a type chosen at run time, as doubles.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(DType type, int64_t n) : type_(type), n_(n), bytes_(new char[bytes()]) {
+    std::memset(bytes_.get(), 0x5b, bytes());  // what is never written shows
+  }
+  Buffer(const Buffer& other) : Buffer(other.type_, other.n_) {
+    std::memcpy(bytes_.get(), other.bytes_.get(), bytes());
+  }
+  Buffer& operator=(Buffer&&) = default;
+  Buffer(Buffer&&) = default;
+  int64_t size() const { return n_; }
+  size_t bytes() const { return static_cast<size_t>(n_) * size_of(type_); }
+  void* at(int64_t i) const { return bytes_.get() + static_cast<size_t>(i) * size_of(type_); }
+  void* data() const { return at(0); }
+  bool same_bits(const Buffer& other, int64_t i) const {
+    return std::memcmp(at(i), other.at(i), size_of(type_)) == 0;
+  }
+  double operator[](int64_t i) const {
+    uint16_t half = 0;
+    float x = 0;
+    double wide = 0;
+    switch (type_) {
+      case DType::f64: std::memcpy(&wide, at(i), 8); return wide;
+      case DType::f32: std::memcpy(&x, at(i), 4); return x;
+      case DType::f16: std::memcpy(&half, at(i), 2); return simulator::half_to_float(half);
+      case DType::bf16: {
+        std::memcpy(&half, at(i), 2);
+        return simulator::bits_as<float>(static_cast<uint32_t>(half) << 16);
+      }
+    }
+    return 0;
+  }
+  void set(int64_t i, double value) {
+    const float x = static_cast<float>(value);
+    uint16_t half = simulator::float_to_half(x);
+    switch (type_) {
+      case DType::f64: std::memcpy(at(i), &value, 8); break;
+      case DType::f32: std::memcpy(at(i), &x, 4); break;
+      case DType::bf16:
+        half = static_cast<uint16_t>(simulator::bits_as<uint32_t>(x) >> 16);
+        [[fallthrough]];
+      case DType::f16: std::memcpy(at(i), &half, 2); break;
+    }
+  }
+
+ private:
+  DType type_ = DType::f32;
+  int64_t n_ = 0;
+  std::unique_ptr<char[]> bytes_;
+};
+
+// ---- what a trial is about, and how it fails ----
+
+std::string trial_text;
+int failures = 0;
+
+void complain(const std::string& what) {
+  if (++failures <= 5) std::printf("FAILED %s\n  in %s\n", what.c_str(), trial_text.c_str());
+}
+
+void expect(const char* what, int64_t i, double got, double want, double bound) {
+  const bool right = want != want       ? got != got
+                     : std::isinf(want) ? got == want
+                                        : std::abs(got - want) <= bound;
+  if (right) return;
+  char text[200];
+  std::snprintf(text, sizeof text, "%s[%lld]: got %.9g, want %.9g within %.3g", what,
+                static_cast<long long>(i), got, want, bound);
+  complain(text);
+}
+
+void expect_success(const char* what, int code) {
+  if (code != cudaSuccess)
+    complain(std::string(what) + ": " + cudaGetErrorString(static_cast<cudaError_t>(code)));
+}
+
+// ---- rows ----
+
+enum class Form { all, ranges, columns };
+
+struct Rows {
+  Scores in;
+  Buffer logits;
+  int64_t offset = 0;
+  std::unique_ptr<int64_t[]> tokens, ranges, begin, end;
+  std::unique_ptr<int32_t[]> columns;
+  std::unique_ptr<bool[]> mask;
+
+  int64_t rows() const { return in.N * in.T; }
+  int64_t start(int64_t r) const {
+    return offset + r / in.T * in.stride_n + r % in.T * in.stride_t;
+  }
+  bool counts(int64_t r) const { return mask == nullptr || mask[r]; }
+};
+
+Rows make_rows(Random& random, DType dtype, bool special) {
+  Rows rows;
+  Scores& s = rows.in;
+  const int64_t widths[] = {1, 2, 3, 7, 8, 31, 33, 255, 256, 257, 1000, 1023, 1030, 2049, 4099};
+  s.dtype = dtype;
+  s.V = widths[random.below(random.one_in(4) ? 15 : 9)];
+  s.N = s.V > 1000 ? 1 + random.below(2) : random.below(5);
+  s.T = s.V > 1000 ? 1 + random.below(2) : random.one_in(12) ? 0 : 1 + random.below(5);
+  const int64_t gap = random.one_in(2) ? 0 : random.below(9);
+  rows.offset = random.one_in(2) ? 0 : random.below(9);
+  s.stride_t = s.V + gap;
+  s.stride_n = s.T * s.stride_t + (random.one_in(3) ? random.below(5) : 0);
+  if (random.one_in(6)) {  // [T, N, V] seen as [N, T, V]
+    s.stride_n = s.V + gap;
+    s.stride_t = s.N * s.stride_n;
+  }
+  const int64_t N = s.N, T = s.T, V = s.V, R = N * T;
+  const int64_t size =
+      R == 0 ? rows.offset : rows.offset + (N - 1) * s.stride_n + (T - 1) * s.stride_t + V;
+  rows.logits = Buffer(dtype, size);
+  const double spread = random.one_in(4) ? 20 : 2;
+  for (int64_t i = 0; i < size; ++i) rows.logits.set(i, spread * random.normal());
+  for (int64_t r = 0; special && r < R; ++r)
+    if (random.one_in(3)) {
+      const double values[] = {-kInf, -kInf, -kInf, kNan, kInf};
+      const double x = values[random.below(5)];
+      const bool whole = random.one_in(4) && x == -kInf;
+      for (int64_t v = 0; v < V; ++v)
+        if (whole || random.one_in(V)) rows.logits.set(rows.start(r) + v, x);
+    }
+  const auto any = [&](int64_t from, int64_t to) { return from + random.below(to - from); };
+  const auto R_ = static_cast<size_t>(R);
+  rows.tokens.reset(new int64_t[R_]);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t outside[] = {-1, V, V + 1000000, -(int64_t{1} << 40), INT64_MAX, INT64_MIN};
+    rows.tokens[static_cast<size_t>(r)] = random.one_in(9) ? outside[random.below(6)] : any(0, V);
+  }
+  if (random.one_in(2)) {
+    rows.mask.reset(new bool[R_]);
+    for (int64_t r = 0; r < R; ++r) rows.mask[static_cast<size_t>(r)] = !random.one_in(3);
+  }
+  const Form form = static_cast<Form>(random.below(3));
+  if (form == Form::ranges) {
+    rows.ranges.reset(new int64_t[static_cast<size_t>(2 * T)]);
+    for (int64_t t = 0; t < T; ++t) {
+      int64_t* range = &rows.ranges[static_cast<size_t>(2 * t)];
+      range[0] = any(0, V);
+      range[1] = any(range[0], V + 1);
+      if (random.one_in(5)) range[0] = -any(1, 1 << 20);
+      if (random.one_in(5)) range[1] = V + any(1, 1 << 20);
+      if (random.one_in(9)) range[1] = range[0] - 3;
+      for (int64_t n = 0; n < N; ++n)  // most tokens are in their support
+        if (range[0] >= 0 && range[0] < range[1] && range[1] <= V && !random.one_in(5))
+          rows.tokens[static_cast<size_t>(n * T + t)] = any(range[0], range[1]);
+    }
+  }
+  if (form == Form::columns) {
+    std::vector<int32_t> columns;
+    rows.begin.reset(new int64_t[R_]);
+    rows.end.reset(new int64_t[R_]);
+    for (int64_t r = 0; r < R; ++r) {
+      const auto i = static_cast<size_t>(r);
+      rows.begin[i] = static_cast<int64_t>(columns.size());
+      if (!random.one_in(8)) {
+        if (random.one_in(6)) columns.push_back(-5);
+        const int64_t keep = 1 + random.below(V < 64 ? 3 : V / 8),
+                      first = any(0, std::min<int64_t>(V, keep));
+        const size_t before = columns.size();
+        for (int64_t v = first; v < V; v += any(1, 2 * keep))
+          columns.push_back(static_cast<int32_t>(v));
+        if (!random.one_in(5))
+          rows.tokens[i] = columns[before + static_cast<size_t>(random.below(
+                                                static_cast<int64_t>(columns.size() - before)))];
+        if (random.one_in(6)) columns.push_back(static_cast<int32_t>(V));
+        if (random.one_in(6)) columns.push_back(INT32_MAX);
+      }
+      rows.end[i] = static_cast<int64_t>(columns.size());
+    }
+    s.support.num_columns = static_cast<int64_t>(columns.size());
+    rows.columns.reset(new int32_t[columns.size()]);
+    std::copy(columns.begin(), columns.end(), rows.columns.get());
+    // The last list may be said to go on beyond the end, the first to start before 0.
+    if (R > 0 && random.one_in(3)) rows.end[R_ - 1] = s.support.num_columns + any(1, 1 << 20);
+    if (R > 0 && random.one_in(3)) rows.begin[0] = -any(1, 1 << 20);
+  }
+  s.logits = rows.logits.at(rows.offset);
+  s.tokens = rows.tokens.get();
+  s.mask = rows.mask.get();
+  s.support.ranges = rows.ranges.get();
+  s.support.columns = rows.columns.get();
+  s.support.begin = rows.begin.get();
+  s.support.end = rows.end.get();
+  const double inverses[] = {1, 0.5, 1.75, static_cast<double>(1 / 0.7f)};
+  s.inv_temperature = inverses[random.below(4)];
+  const char* names[] = {"f32", "f64", "bf16", "f16"};
+  const char* forms[] = {"all columns", "ranges", "column lists"};
+  char text[300];
+  std::snprintf(text, sizeof text,
+                "%s [%lld, %lld, %lld] strides %lld, %lld offset %lld %s%s%s inverse %g",
+                names[static_cast<int>(dtype)], static_cast<long long>(N),
+                static_cast<long long>(T), static_cast<long long>(V),
+                static_cast<long long>(s.stride_n), static_cast<long long>(s.stride_t),
+                static_cast<long long>(rows.offset), forms[static_cast<int>(form)],
+                rows.mask ? " mask" : "", special ? " special values" : "", s.inv_temperature);
+  trial_text += text;
+  return rows;
+}
+
+// The definition of one row: a softmax over its support at a temperature.
+struct Row {
+  bool counted = false, held = false, empty = true;
+  std::vector<int64_t> support;
+  double log_norm = 0, entropy = 0, logp = 0;  // log_norm: of the scaled logits
+};
+
+double scaled(const Rows& rows, const Buffer& logits, int64_t r, int64_t v) {
+  return logits[rows.start(r) + v] * rows.in.inv_temperature;
+}
+
+Row define_row(const Rows& rows, const Buffer& logits, int64_t r) {
+  Row row;
+  const Scores& s = rows.in;
+  row.counted = rows.counts(r);
+  if (!row.counted) return row;
+  const auto i = static_cast<size_t>(r);
+  if (rows.columns) {
+    const int64_t M = s.support.num_columns;
+    const int64_t begin = std::clamp<int64_t>(rows.begin[i], 0, M);
+    for (int64_t k = begin; k < std::min(rows.end[i], M); ++k) {
+      const int64_t v = rows.columns[static_cast<size_t>(k)];
+      if (v >= 0 && v < s.V) row.support.push_back(v);
+    }
+  } else {
+    const size_t t = static_cast<size_t>(r % s.T);
+    const int64_t first = rows.ranges ? std::max<int64_t>(rows.ranges[2 * t], 0) : 0;
+    const int64_t last = rows.ranges ? std::min(rows.ranges[2 * t + 1], s.V) : s.V;
+    for (int64_t v = first; v < last; ++v) row.support.push_back(v);
+  }
+  row.empty = row.support.empty();
+  double top = -kInf, sum = 0, mean = 0;
+  bool broken = false;
+  for (const int64_t v : row.support) {
+    const double x = scaled(rows, logits, r, v);
+    broken = broken || x != x || x == kInf;
+    top = std::max(top, x);
+    row.held = row.held || v == rows.tokens[i];
+  }
+  broken = broken || (!row.empty && top == -kInf);
+  for (const int64_t v : row.support) {
+    const double d = scaled(rows, logits, r, v) - top, e = std::exp(d);
+    sum += e;
+    if (e > 0) mean += d * e;
+  }
+  row.log_norm = broken ? kNan : row.empty ? 0 : top + std::log(sum);
+  row.entropy = broken ? kNan : row.empty ? 0 : std::log(sum) - mean / sum;
+  row.logp = row.held ? scaled(rows, logits, r, rows.tokens[i]) - row.log_norm : kOutsideLogp;
+  return row;
+}
+
+// The gradient by a row's logits of  a logp(token) + b entropy.
+std::vector<double> define_gradient(const Rows& rows, const Buffer& logits, const Row& row,
+                                    int64_t r, double a, double b) {
+  std::vector<double> g(static_cast<size_t>(rows.in.V), 0.0);
+  if (!row.held) a = 0;
+  if (!row.counted || (a == 0 && b == 0)) return g;
+  const double inverse = rows.in.inv_temperature;
+  for (const int64_t v : row.support) {
+    const double logp = scaled(rows, logits, r, v) - row.log_norm, p = std::exp(logp);
+    const bool token = row.held && v == rows.tokens[static_cast<size_t>(r)];
+    double x = a * (token ? -std::expm1(logp) : -p);
+    if (p != 0 && b != 0) x -= b * p * (logp + row.entropy);
+    g[static_cast<size_t>(v)] = x * inverse;
+  }
+  return g;
+}
+
+double rounding(DType accumulator) { return accumulator == DType::f64 ? 1e-12 : 1e-5; }
+
+// `slope`: what the row's gradient is a multiple of, so where a probability near 1
+// leaves little of it, the error is still that of a number of its size.
+void expect_gradient(const Rows& rows, int64_t r, const Buffer& got, int64_t start,
+                     const std::vector<double>& want, double error, double slope) {
+  const DType dtype = rows.in.dtype;
+  const double tiny = dtype == DType::f16 ? 0x1p-24 : 1e-37;
+  const double off = std::isfinite(slope) ? error * slope * rows.in.inv_temperature : 0;
+  bool zero = true;
+  for (const double x : want) zero = zero && x == 0;
+  for (int64_t v = 0; v < rows.in.V; ++v) {
+    const double x = want[static_cast<size_t>(v)];
+    const double bound = zero ? 0 : std::abs(x) * epsilon(dtype) + off + tiny;
+    expect("gradient", r * rows.in.V + v, got[start + v], x, bound);
+  }
+}
+
+void check_token_logps(Random& random, DType dtype) {
+  const bool special = random.one_in(2);
+  const Rows rows = make_rows(random, dtype, special);
+  const int64_t R = rows.rows(), V = rows.in.V;
+  const DType S = accumulator_of(dtype);
+  const Buffer before = rows.logits;
+  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R);
+  expect_success("token_logps", cuda_kernels.token_logps(
+                                    {rows.in, logps.data(), entropy.data(), norm.data()}, nullptr));
+  Buffer by_logps(S, R), by_entropy(S, R), grad(dtype, R * V);
+  const bool still = random.one_in(8);
+  for (int64_t r = 0; r < R; ++r) {
+    by_logps.set(r, still || random.one_in(5) ? 0 : random.normal());
+    by_entropy.set(r, still || random.one_in(2) ? 0 : random.normal());
+  }
+  expect_success("token_logps_backward", cuda_kernels.token_logps_backward(
+                                             {rows.in, norm.data(), entropy.data(), by_logps.data(),
+                                              by_entropy.data(), grad.data()},
+                                             nullptr));
+  for (int64_t r = 0; r < R; ++r) {
+    const Row row = define_row(rows, before, r);
+    const double error = rounding(S) * (1 + (std::isfinite(row.logp) ? std::abs(row.logp) : 0));
+    expect("logps", r, logps[r], row.logp, error);
+    expect("entropy", r, entropy[r], row.entropy, 2 * rounding(S) * (1 + std::log(double(V))));
+    expect_gradient(rows, r, grad, r * V,
+                    define_gradient(rows, before, row, r, by_logps[r], by_entropy[r]), 4 * error,
+                    std::abs(by_logps[r]) + std::abs(by_entropy[r]));
+  }
+  for (int64_t i = 0; i < before.size(); ++i)
+    if (!before.same_bits(rows.logits, i)) return complain("token_logps changed the logits");
+}
+
+// ---- sequences ----
+
+struct Sequences {
+  SequenceArgs args;
+  Buffer old, ref, advantages, entropy, boost, losses, stats;
+};
+
+// `logps`: of every token, so that old ones are near them; NaN where masked.
+Sequences make_sequences(Random& random, DType S, const std::vector<double>& logps,
+                         const bool* mask, int64_t N, int64_t T) {
+  Sequences q;
+  q.old = Buffer(S, N * T);
+  q.ref = Buffer(S, N * T);
+  q.advantages = Buffer(S, N);
+  q.entropy = Buffer(S, N);
+  q.boost = Buffer(S, N);
+  q.losses = Buffer(S, N);
+  q.stats = Buffer(S, N * kStats);
+  for (int64_t n = 0; n < N; ++n) {
+    const double stale = random.one_in(4) ? random.normal() : 0.1 * random.normal();
+    q.advantages.set(n, random.one_in(6) ? 0 : random.normal());
+    q.entropy.set(n, random.uniform());
+    q.boost.set(n, random.uniform());
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t r = n * T + t;
+      const bool counted = mask == nullptr || mask[r];
+      const double logp = logps[static_cast<size_t>(r)], near = std::isfinite(logp) ? logp : -3;
+      q.old.set(r, counted ? near + stale + 0.3 * random.normal() : kNan);
+      q.ref.set(r, counted ? near + 0.3 * random.normal() : kNan);
+    }
+  }
+  SequenceArgs& a = q.args;
+  ObjectiveConfig& k = a.objective;
+  k.objective = static_cast<Objective>(random.below(5));
+  k.divergence = static_cast<Divergence>(random.below(4));
+  k.bounded = !random.one_in(3);
+  k.boost_multiplies = random.one_in(3);
+  k.eps_pos = random.one_in(2) ? 0 : 0.2;
+  k.eps_boost = random.one_in(2) ? 0.5 : 0.1;
+  k.eps_neg = random.one_in(3) ? kInf : random.one_in(2) ? 0 : 0.3;
+  k.entropy_penalty = random.one_in(3) ? 0 : 0.8;
+  k.clip_low = random.one_in(2) ? 0.2 : 3e-4;
+  k.clip_high = random.one_in(2) ? 0.3 : 4e-4;
+  k.early_clip = random.one_in(2) ? 0.1 : 0;
+  k.kl_weight = k.divergence == Divergence::none ? 0 : 0.3;
+  a.N = N;
+  a.T = T;
+  a.mask = mask;
+  a.old_logps = q.old.data();
+  a.ref_logps = k.divergence == Divergence::none ? nullptr : q.ref.data();
+  a.advantages = q.advantages.data();
+  a.entropy = random.one_in(2) ? q.entropy.data() : nullptr;
+  a.boost = random.one_in(2) ? q.boost.data() : nullptr;
+  const double scales[] = {1, 0.25, 1.0 / 3};
+  a.scale = scales[random.below(3)];
+  a.losses = q.losses.data();
+  a.stats = q.stats.data();
+  char text[200];
+  std::snprintf(text, sizeof text, " objective %d divergence %d bounded %d multiplies %d",
+                static_cast<int>(k.objective), static_cast<int>(k.divergence), k.bounded,
+                k.boost_multiplies);
+  trial_text += text;
+  return q;
+}
+
+double held_in(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+double least(double a, double b) { return a > b ? b : a; }  // keeps a NaN in a
+
+struct Clipped {
+  double value, slope, coefficient;
+};
+
+Clipped clip(double ratio, double advantage, const ObjectiveConfig& k) {
+  const double free = ratio * advantage;
+  const double bound = held_in(ratio, 1 - k.clip_low, 1 + k.clip_high) * advantage;
+  if (free > bound) return {-bound, 0, 0};
+  return {-free, -free, ratio};
+}
+
+struct Sequence {
+  double loss = 0, stats[kStats] = {};
+  std::vector<double> slopes;
+};
+
+Sequence define_sequence(const Sequences& q, int64_t n, const std::vector<double>& logps,
+                         const std::vector<double>& entropies) {
+  const SequenceArgs& a = q.args;
+  const ObjectiveConfig& k = a.objective;
+  Sequence out;
+  out.slopes.assign(static_cast<size_t>(a.T), 0.0);
+  std::vector<int64_t> at;
+  for (int64_t t = 0; t < a.T; ++t)
+    if (a.mask == nullptr || a.mask[n * a.T + t]) at.push_back(t);
+  const double length = at.empty() ? 1 : static_cast<double>(at.size());
+  const double A = q.advantages[n];
+  double l = 0, o = 0, h = 0;
+  for (const int64_t t : at) {
+    l += logps[static_cast<size_t>(n * a.T + t)] / length;
+    o += q.old[n * a.T + t] / length;
+    if (!entropies.empty()) h += entropies[static_cast<size_t>(n * a.T + t)] / length;
+  }
+  const double ratio = std::exp(held_in(l - o, -20, 20));
+  const double entropy = a.entropy != nullptr ? q.entropy[n] : 1;
+  const double boost = a.boost != nullptr ? q.boost[n] : 1;
+  double value = 0, slope = 0, coefficient = 0, capped = 0, kl = 0;
+  if (k.objective == Objective::sage || k.objective == Objective::gbpo) {
+    const bool gbpo = k.objective == Objective::gbpo;
+    const double x = least(l, -1e-7), odds = std::exp(l) / -std::expm1(x);
+    if (A >= 0) {
+      const double cap = gbpo ? 1 : 1 + k.eps_pos + k.eps_boost * boost;
+      coefficient = !gbpo && k.boost_multiplies ? cap * least(ratio, 1) : least(ratio, cap);
+    } else {
+      const double push = gbpo ? 1 : 1 + k.entropy_penalty * (1 - entropy);
+      coefficient = gbpo ? ratio : least(ratio, k.eps_neg + push);
+      if (gbpo || k.bounded) coefficient = least(coefficient, push * odds);
+    }
+    value = slope = -A * coefficient;
+    capped = coefficient < ratio;
+  } else if (k.objective != Objective::grpo) {
+    const double early =
+        k.objective == Objective::ecpo ? least(ratio, 1 + k.clip_high + k.early_clip) : ratio;
+    const Clipped c = clip(early, A, k);
+    value = c.value;
+    slope = c.slope;
+    coefficient = c.coefficient;
+    capped = coefficient < ratio;
+  }
+  if (l == -kInf) slope = 0;
+  for (const int64_t t : at) {
+    const int64_t r = n * a.T + t;
+    const double logp = logps[static_cast<size_t>(r)];
+    double s = slope;
+    if (k.objective == Objective::grpo) {
+      const double token = std::exp(held_in(logp - q.old[r], -20, 20));
+      const Clipped c = clip(token, A, k);
+      s = logp == -kInf ? 0 : c.slope;
+      value += c.value / length;
+      coefficient += c.coefficient / length;
+      capped += (c.coefficient < token) / length;
+    }
+    if (k.divergence != Divergence::none) {
+      const double raw = q.ref[r] - logp, d = held_in(raw, -20, 20), u = std::exp(d);
+      const double middle = std::log1p(std::expm1(d) / 2);
+      const bool outside = raw < -20 || raw > 20;
+      double v = 0, by = 0;
+      if (k.divergence == Divergence::reverse) v = std::expm1(d) - d, by = -std::expm1(d);
+      if (k.divergence == Divergence::forward) v = u * d - std::expm1(d), by = -u * d;
+      if (k.divergence == Divergence::js)
+        v = (u * d - (1 + u) * middle) / 2, by = -u * (d - middle) / 2;
+      kl += v / length;
+      if (!outside) s += k.kl_weight * by;
+    }
+    out.slopes[static_cast<size_t>(t)] = s * a.scale / length;
+  }
+  out.loss = (value + k.kl_weight * kl) * a.scale;
+  const double stats[kStats] = {ratio, coefficient, capped, h, std::exp(l), kl};
+  std::copy(stats, stats + kStats, out.stats);
+  return out;
+}
+
+// How far a sequence's numbers may be off: its ratio is the exponential of a mean
+// of numbers of this size.
+double sequence_error(DType S, const std::vector<double>& logps, int64_t n, int64_t T) {
+  double largest = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    const double x = logps[static_cast<size_t>(n * T + t)];
+    if (std::isfinite(x)) largest = std::max(largest, std::abs(x));
+  }
+  return rounding(S) * (2 + largest);
+}
+
+void expect_sequence(const Sequences& q, int64_t n, const Sequence& want, double error,
+                     bool with_entropy) {
+  const double A = std::abs(q.advantages[n]);
+  const double size = 1 + (std::isfinite(want.loss) ? std::abs(want.loss) : 0) +
+                      A * (std::isfinite(want.stats[0]) ? want.stats[0] : 0);
+  expect("losses", n, q.losses[n], want.loss, 4 * error * size);
+  for (int i = 0; i < kStats; ++i)
+    if (i != 3 || with_entropy)
+      expect("stats", n * kStats + i, q.stats[n * kStats + i], want.stats[i],
+             4 * error * (1 + std::abs(want.stats[i])));
+}
+
+void check_sage_loss(Random& random, DType dtype) {
+  const bool special = random.one_in(3);
+  Rows rows = make_rows(random, dtype, special);
+  const int64_t N = rows.in.N, T = rows.in.T, V = rows.in.V, R = N * T;
+  if (N == 0) return;
+  const DType S = accumulator_of(dtype);
+  const Buffer before = rows.logits;
+  std::vector<double> logps, entropies;
+  std::vector<Row> all;
+  for (int64_t r = 0; r < R; ++r) {
+    all.push_back(define_row(rows, before, r));
+    logps.push_back(all.back().logp);
+    entropies.push_back(all.back().entropy);
+  }
+  const Sequences q = make_sequences(random, S, logps, rows.mask.get(), N, T);
+  Buffer workspace(S, R * kWorkspace), made(dtype, R * V);
+  SageLossArgs args{rows.in, q.args};
+  args.workspace = workspace.data();
+  const int how = static_cast<int>(random.below(4));  // 0 no gradient, 1 in place, else its own
+  if (how == 1) {
+    args.grad_logits = rows.logits.at(rows.offset);
+    args.grad_stride_n = rows.in.stride_n;
+    args.grad_stride_t = rows.in.stride_t;
+    trial_text += " in place";
+  } else if (how != 0) {
+    args.grad_logits = made.data();
+    args.grad_stride_n = T * V;
+    args.grad_stride_t = V;
+  }
+  expect_success("sage_loss", cuda_kernels.sage_loss(args, nullptr));
+  std::vector<bool> written(static_cast<size_t>(before.size()), false);
+  for (int64_t n = 0; n < N; ++n) {
+    const Sequence want = define_sequence(q, n, logps, entropies);
+    const double error = sequence_error(S, logps, n, T);
+    expect_sequence(q, n, want, error, true);
+    for (int64_t t = 0; t < T && how != 0; ++t) {
+      const int64_t r = n * T + t, start = how == 1 ? rows.start(r) : r * V;
+      const double slope = want.slopes[static_cast<size_t>(t)];
+      expect_gradient(rows, r, how == 1 ? rows.logits : made, start,
+                      define_gradient(rows, before, all[static_cast<size_t>(r)], r, slope, 0),
+                      4 * error, std::abs(slope) + 0.01);
+      for (int64_t v = 0; v < V && how == 1; ++v) written[static_cast<size_t>(start + v)] = true;
+    }
+  }
+  for (int64_t i = 0; i < before.size(); ++i)
+    if (!written[static_cast<size_t>(i)] && !before.same_bits(rows.logits, i))
+      return complain("sage_loss wrote beside its rows");
+}
+
+void check_from_logps(Random& random, DType S) {
+  const int64_t N = 1 + random.below(150), T = random.below(6), R = N * T;
+  Buffer given(S, R), grad(S, R);
+  std::unique_ptr<bool[]> mask(random.one_in(2) ? nullptr : new bool[static_cast<size_t>(R)]);
+  std::vector<double> logps;
+  for (int64_t r = 0; r < R; ++r) {
+    given.set(r, random.one_in(40) ? -kInf : -4 * random.uniform());
+    logps.push_back(given[r]);
+    if (mask) mask[static_cast<size_t>(r)] = !random.one_in(3);
+  }
+  const Sequences q = make_sequences(random, S, logps, mask.get(), N, T);
+  expect_success("sage_loss_from_logps", cuda_kernels.sage_loss_from_logps(
+                                             {S, q.args, given.data(), grad.data()}, nullptr));
+  for (int64_t n = 0; n < N; ++n) {
+    const Sequence want = define_sequence(q, n, logps, {});
+    const double error = sequence_error(S, logps, n, T);
+    expect_sequence(q, n, want, error, false);
+    for (int64_t t = 0; t < T; ++t) {
+      const double s = want.slopes[static_cast<size_t>(t)];
+      expect("grad_logps", n * T + t, grad[n * T + t], s, 4 * error * (1 + std::abs(s)));
+    }
+  }
+}
+
+// ---- the rest ----
+
+void check_scale(Random& random, DType dtype) {
+  const DType S = accumulator_of(dtype);
+  const int64_t N = 1 + random.below(5), inner = random.below(700);
+  const bool shared = random.one_in(2);
+  Buffer grad(dtype, N * inner), factor(S, shared ? 1 : N), out(dtype, N * inner);
+  for (int64_t i = 0; i < grad.size(); ++i) grad.set(i, random.normal());
+  for (int64_t n = 0; n < factor.size(); ++n) factor.set(n, random.normal());
+  expect_success(
+      "scale", cuda_kernels.scale({dtype, N, inner, grad.data(), factor.data(), shared, out.data()},
+                                  nullptr));
+  for (int64_t i = 0; i < grad.size(); ++i) {
+    const double want = grad[i] * factor[shared ? 0 : i / inner];
+    expect("scaled", i, out[i], want, std::abs(want) * epsilon(dtype) + 1e-7);
+  }
+}
+
+void check_sum(Random& random, DType S) {
+  const int64_t N = random.below(2) * random.below(2000) + random.below(4);
+  Buffer values(S, N), total(S, 1);
+  double want = 0, size = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    values.set(n, random.normal());
+    want += values[n];
+    size += std::abs(values[n]);
+  }
+  expect_success("sum", cuda_kernels.sum({S, N, values.data(), total.data()}, nullptr));
+  expect("total", 0, total[0], want, epsilon(S) * std::abs(want) + 1e-14 * size);
+}
+
+void check_advantages(Random& random, DType S) {
+  AdvantagesArgs a;
+  a.dtype = S;
+  a.B = 1 + random.below(random.one_in(4) ? 300 : 6);
+  a.G = 1 + random.below(6);
+  a.M = 1 + random.below(4);
+  a.unbiased = random.one_in(2);
+  a.clamp = random.one_in(2) ? 0 : 1.5;
+  const int64_t rows = a.B * a.G;
+  Buffer rewards(S, rows * a.M), weights(S, a.M), out(S, rows);
+  for (int64_t i = 0; i < rewards.size(); ++i)
+    rewards.set(i, random.one_in(7) ? kNan : random.one_in(3) ? 1 : random.normal());
+  for (int64_t m = 0; m < a.M; ++m) weights.set(m, 0.5 + random.uniform());
+  a.rewards = rewards.data();
+  a.weights = weights.data();
+  a.advantages = out.data();
+  expect_success("advantages", cuda_kernels.advantages(a, nullptr));
+  const auto moments = [&](const std::vector<double>& x, double& mean, double& deviation) {
+    mean = deviation = 0;
+    for (const double v : x) mean += v / static_cast<double>(x.size());
+    for (const double v : x) deviation += (v - mean) * (v - mean);
+    const double n = static_cast<double>(x.size()) - (a.unbiased ? 1 : 0);
+    deviation = n > 0 ? std::sqrt(deviation / n) : 0;
+  };
+  std::vector<double> mixed(static_cast<size_t>(rows), 0.0);
+  double mean = 0, deviation = 0;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t m = 0; m < a.M; ++m) {
+      std::vector<double> group;
+      for (int64_t g = 0; g < a.G; ++g) {
+        const double x = rewards[(b * a.G + g) * a.M + m];
+        if (x == x) group.push_back(x);
+      }
+      moments(group, mean, deviation);
+      if (deviation < kNoSpread) continue;
+      for (int64_t g = 0; g < a.G; ++g) {
+        const double x = rewards[(b * a.G + g) * a.M + m];
+        if (x == x)
+          mixed[static_cast<size_t>(b * a.G + g)] +=
+              weights[m] * (x - mean) / (deviation + kSpreadFloor);
+      }
+    }
+  moments(mixed, mean, deviation);
+  for (int64_t n = 0; n < rows; ++n) {
+    bool applies = false;
+    for (int64_t m = 0; m < a.M; ++m) applies = applies || !std::isnan(rewards[n * a.M + m]);
+    double want = applies ? (mixed[static_cast<size_t>(n)] - mean) / (deviation + kSpreadFloor) : 0;
+    if (a.clamp > 0) want = held_in(want, -a.clamp, a.clamp);
+    // Where every row is the same the quotient is of two roundings, over the floor.
+    const double error = S == DType::f64 ? 1e-10 : 1e-5 * (1 + 1 / (deviation + kSpreadFloor));
+    expect("advantages", n, out[n], want, error * (1 + std::abs(want)));
+  }
+}
+
+}  // namespace
+}  // namespace genrec::policy
+
+int main(int argc, char** argv) {
+  using namespace genrec::policy;
+  using genrec::DType;
+  const int trials = argc > 1 ? std::atoi(argv[1]) : 10;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  const DType types[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+  for (int i = 0; i < trials; ++i)
+    for (const DType dtype : types) {
+      Random random{seed * 1000003 + static_cast<uint64_t>(4 * i) + static_cast<uint64_t>(dtype)};
+      const std::string name = "trial " + std::to_string(i) + ": ";
+      const auto check = [&](const char* what, void (*run)(Random&, DType), DType type) {
+        trial_text = name + what + " ";
+        run(random, type);
+      };
+      check("token_logps", check_token_logps, dtype);
+      check("sage_loss", check_sage_loss, dtype);
+      check("scale", check_scale, dtype);
+      if (dtype != accumulator_of(dtype)) continue;
+      check("sage_loss_from_logps", check_from_logps, dtype);
+      check("sum", check_sum, dtype);
+      check("advantages", check_advantages, dtype);
+    }
+  std::printf("%d trials, %d failures\n", trials, failures);
+  return failures == 0 ? 0 : 1;
+}
