@@ -38,9 +38,10 @@ inline constexpr double kOutsideLogp = -100;
 
 struct TokenLogpsArgs {
   Scores in;
-  void* logps = nullptr;    // S [N, T]
-  void* entropy = nullptr;  // S [N, T], nats
-  void* norm = nullptr;     // S [N, T, 2]: the row's maximum (scaled) and log of its sum
+  void* logps = nullptr;      // S [N, T]
+  void* entropy = nullptr;    // S [N, T], nats
+  void* norm = nullptr;       // S [N, T, 2]: the row's maximum and log of its sum
+  void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
 struct TokenLogpsBackwardArgs {
@@ -78,9 +79,11 @@ struct SageLossArgs {
   void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
-// A row's maximum, log of its sum, entropy, log-probability and slope, between
-// the launches of the fused loss on CUDA.
-inline constexpr int kWorkspace = 5;
+// Between launches on CUDA: a row's maximum, log of its sum, entropy,
+// log-probability and slope, then the sums of up to kMaxParts parts of it.
+inline constexpr int kRowState = 5;
+inline constexpr int kMaxParts = 8;
+inline constexpr int kWorkspace = kRowState + 3 * kMaxParts;
 
 struct SageFromLogpsArgs {
   DType dtype = DType::f32;  // f32 or f64

@@ -368,6 +368,17 @@ Tensor reduced(const Sequences& q, bool reduce) {
   return total;
 }
 
+// What CUDA kernels leave for one another; it may go when they are launched, since
+// its memory is used again on the same stream.
+std::optional<Tensor> new_workspace(const Tensor& like, int64_t N, int64_t T) {
+  if (kOnHost) return std::nullopt;
+  return torch::stable::new_empty(like, {N, T, kWorkspace});
+}
+
+void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->mutable_data_ptr() : nullptr;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
     const Tensor& logits, const Tensor& tokens, std::optional<Tensor> mask,
     std::optional<Tensor> ranges, std::optional<Tensor> columns, std::optional<Tensor> begin,
@@ -379,8 +390,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
   Tensor logps = torch::stable::new_empty(logits, {N, T}, S);
   Tensor entropy = torch::stable::new_empty(logits, {N, T}, S);
   Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
+  const std::optional<Tensor> workspace = new_workspace(norm, N, T);
   const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
-                            norm.mutable_data_ptr()};
+                            norm.mutable_data_ptr(), data_or_null(workspace)};
   run(kernels().token_logps, args, N, work_of(rows.scores), logits);
   return {logps, entropy, norm};
 }
@@ -425,12 +437,8 @@ std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q, c
     args.grad_stride_t = into->values.stride(1);
     args.grad_is_zero = into->blank;
   }
-  std::optional<Tensor> workspace;
-  if (!kOnHost) {
-    const Scores& s = rows.scores;
-    workspace = torch::stable::new_empty(q.losses, {s.N, s.T, kWorkspace});
-    args.workspace = workspace->mutable_data_ptr();
-  }
+  const std::optional<Tensor> workspace = new_workspace(q.losses, rows.scores.N, rows.scores.T);
+  args.workspace = data_or_null(workspace);
   run(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores), rows.logits);
   return {reduced(q, reduce), q.stats};
 }

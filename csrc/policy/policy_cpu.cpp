@@ -185,9 +185,11 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
       entropy += rows[t].z.entropy;
       ++count;
     }
-    sequence_loss<S>(
-        a.sequence, n, count > 0 ? entropy / count : S(0), [&](int64_t t) { return rows[t].logp; },
-        [&](int64_t t, S slope) { rows[t].slope = slope; });
+    const S mean_entropy = count > 0 ? entropy / count : S(0);
+    keep_result(a.sequence, n,
+                sequence_loss<S>(
+                    a.sequence, n, mean_entropy, [&](int64_t t) { return rows[t].logp; },
+                    [&](int64_t t, S slope) { rows[t].slope = slope; }));
     if (a.grad_logits == nullptr) continue;
     for (int64_t t = 0; t < in.T; ++t) {
       T* g = static_cast<T*>(a.grad_logits) + n * a.grad_stride_n + t * a.grad_stride_t;
@@ -204,9 +206,10 @@ void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t l
   for (int64_t n = first_n; n < last_n; ++n) {
     const S* logps = static_cast<const S*>(a.logps) + n * T;
     S* grad = static_cast<S*>(a.grad_logps) + n * T;
-    sequence_loss<S>(
-        a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
-        [&](int64_t t, S slope) { grad[t] = slope; });
+    keep_result(a.sequence, n,
+                sequence_loss<S>(
+                    a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
+                    [&](int64_t t, S slope) { grad[t] = slope; }));
   }
 }
 

@@ -350,9 +350,10 @@ void check_token_logps(Random& random, DType dtype) {
   const int64_t R = rows.rows(), V = rows.in.V;
   const DType S = accumulator_of(dtype);
   const Buffer before = rows.logits;
-  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R);
-  expect_success("token_logps", cuda_kernels.token_logps(
-                                    {rows.in, logps.data(), entropy.data(), norm.data()}, nullptr));
+  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R), workspace(S, R * kWorkspace);
+  expect_success("token_logps", cuda_kernels.token_logps({rows.in, logps.data(), entropy.data(),
+                                                          norm.data(), workspace.data()},
+                                                         nullptr));
   Buffer by_logps(S, R), by_entropy(S, R), grad(dtype, R * V);
   const bool still = random.one_in(8);
   for (int64_t r = 0; r < R; ++r) {
