@@ -77,6 +77,17 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "decoupled_advantages(Tensor rewards, Tensor weights, *, float? clamp=None, "
       "bool unbiased=False) -> Tensor");
 
+  // ---- head ----
+  // hidden [N, T, d], weight [V, d] -> logits [N, T, K] of columns [start, end) of each
+  // level, K the widest; -inf where a level is narrower.
+  m.def("level_logits(Tensor hidden, Tensor weight, Tensor ranges) -> Tensor");
+  m.def("level_logits_forward(Tensor hidden, Tensor weight, int[] starts, int[] ends) -> Tensor");
+  m.def(
+      "level_logits_backward(Tensor grad_logits, Tensor hidden, Tensor weight, int[] starts, "
+      "int[] ends) -> (Tensor grad_hidden, Tensor grad_weight)");
+  // Zeros that take memory only where something is written; CPU.
+  m.def("blank_like(Tensor like) -> Tensor");
+
   // ---- trie ----
   // logits [U * W, V], scores and nodes [U, W]; the level's first_child [n + 1] and
   // labels [n'] int32, with forbidden [n'] or [U, n'] bool over the children;

@@ -10,8 +10,8 @@
 #if defined(GENREC_CUDA_LIBRARY)
 #include "common/cuda_runtime.h"
 #else
+#include "common/blank.h"
 #include "common/isa.h"
-#include "common/pages.h"
 #endif
 
 namespace genrec {
@@ -104,20 +104,13 @@ void run(void (*kernel)(const Args&), const Args& args, const Tensor&) {
   kernel(args);
 }
 
-// Below this many bytes a blank gradient is not worth a mapping of its own.
-constexpr int64_t kMapWorthwhile = int64_t{1} << 20;
-
 Gradient new_gradient(const Tensor& like, bool sparse) {
   const int64_t N = like.size(0), T = like.size(1), V = like.size(2);
-  const int64_t bytes = like.numel() * static_cast<int64_t>(like.element_size());
-  void* blank = sparse && bytes >= kMapWorthwhile ? map_blank(bytes) : nullptr;
-  if (blank != nullptr)
-    return {
-        torch::stable::from_blob(blank, {N, T, V}, {T * V, V, 1}, like.device(), like.scalar_type(),
-                                 [bytes](void* data) { unmap_blank(data, bytes); }),
-        true};
+  if (sparse)
+    if (std::optional<Tensor> blank = new_blank(like, {N, T, V})) return {*blank, true};
   Tensor values = torch::stable::new_empty(like, {N, T, V});
-  advise_huge_pages(values.mutable_data_ptr(), bytes);
+  advise_huge_pages(values.mutable_data_ptr(),
+                    values.numel() * static_cast<int64_t>(values.element_size()));
   return {values, false};
 }
 

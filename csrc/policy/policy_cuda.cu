@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The sums of parts of rows, a block a part.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_parts(Scores in, acc_t<T>* workspace, int parts) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sum_parts(Scores in, acc_t<T>* workspace, int parts) {
   using S = acc_t<T>;
   const int64_t r = blockIdx.x / parts;
   const int part = blockIdx.x % parts, warp = threadIdx.x / kWarp;
@@ -375,7 +376,7 @@ constexpr int kFusedThreads = 512;
 // The whole loss in one launch.  Shared memory: the T states of the sequence, the
 // sums of this block's warps, then this block's rows.
 template <class T>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     fused_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t,
                     FusedPlan plan) {
   using S = acc_t<T>;
@@ -498,7 +499,7 @@ __global__ void __launch_bounds__(kThreads) add_up(SumArgs a) {
 // One block: rewards are few.  Threads take groups in turn, then share the
 // batch's two passes.
 template <class S>
-__global__ void __launch_bounds__(kThreads) advantages(AdvantagesArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) advantages(AdvantagesArgs a) {
   GENREC_SHARED(double, parts, kThreads);
   const S* rewards = static_cast<const S*>(a.rewards);
   const S* weights = static_cast<const S*>(a.weights);

@@ -4,6 +4,7 @@ Importing this package loads the libraries that register ``torch.ops.genrec``.
 """
 
 from .. import _load  # noqa: F401  (registers the schemas that the modules below complete)
+from .head import level_logits
 from .policy import (
     SageConfig,
     SageStats,
@@ -18,6 +19,7 @@ __all__ = [
     "SageConfig",
     "SageStats",
     "decoupled_advantages",
+    "level_logits",
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",

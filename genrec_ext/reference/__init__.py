@@ -4,6 +4,7 @@ The definition, the oracle of the tests and the baseline of the benchmarks.  Wor
 floating dtype and on any device, with autograd through it.  Imports torch alone.
 """
 
+from .head import level_logits
 from .policy import (
     SageConfig,
     SageStats,
@@ -18,6 +19,7 @@ __all__ = [
     "SageConfig",
     "SageStats",
     "decoupled_advantages",
+    "level_logits",
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",
