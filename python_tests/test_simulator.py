@@ -212,6 +212,13 @@ def test_kernels_equal_their_definition(run, program, build, order, capability, 
 # ---- the operators over simulated kernels ----
 
 
+def test_the_package_has_no_simulator():
+    libraries = list(Path(genrec_ext.__file__).parent.glob("*.so"))
+    assert libraries
+    for library in libraries:
+        assert b"GENREC_SIMULATOR_ORDER" not in library.read_bytes(), library
+
+
 def test_operators_over_simulated_kernels(simulator, tmp_path):
     """The whole policy suite through the CUDA library's host code, in a copy of the package."""
     package = tmp_path / "genrec_ext"

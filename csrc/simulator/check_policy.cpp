@@ -43,12 +43,13 @@ struct Random {
 
 size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+// Half a unit in the last place, and what a second rounding adds.
 double epsilon(DType t) {
   switch (t) {
-    case DType::f64: return 0x1p-52;
-    case DType::f32: return 0x1p-23;
-    case DType::bf16: return 0x1p-8;
-    case DType::f16: return 0x1p-10;
+    case DType::f64: return 1.01 * 0x1p-53;
+    case DType::f32: return 1.01 * 0x1p-24;
+    case DType::bf16: return 1.01 * 0x1p-8;
+    case DType::f16: return 1.01 * 0x1p-11;
   }
   return 0;
 }
