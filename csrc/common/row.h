@@ -3,8 +3,8 @@
 //
 // A row is read in blocks that fit the first-level cache: a block's maximum is
 // taken, then its exponentials are summed against the running maximum, so the
-// row comes from memory once.  Sums of a block are f32 in vector lanes, sums of
-// blocks are double.
+// row comes from memory once.  Half types become floats in registers.  Sums of a block are f32 in
+// vector lanes, sums of blocks are double.
 #pragma once
 
 #include <cmath>
@@ -41,13 +41,30 @@ struct RunningSum {
   bool poisoned = false;
 };
 
-static void add_block(RunningSum& run, const float* x, int64_t n, float inv_temperature) {
-  vfloat tops = splat(-INFINITY);
+template <class E>
+GENREC_INLINE float block_top(const E* x, int64_t n) {
+  vfloat top0 = splat(-INFINITY), top1 = top0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) tops = vmax(tops, load(x + i));
-  float top = max_lanes(tops);
-  const int rest = static_cast<int>(n - i);
-  for (int j = 0; j < rest; ++j) top = top < x[i + j] ? x[i + j] : top;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    // The next block comes while this one is worked on.
+    prefetch(x + i + kBlock);
+    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
+    vfloat a, b;
+    load_pair(x + i, a, b);
+    top0 = vmax(a, top0);  // in this order a NaN is passed over
+    top1 = vmax(b, top1);
+  }
+  for (; i + kLanes <= n; i += kLanes) top0 = vmax(load_floats(x + i), top0);
+  if (i < n) top1 = vmax(load_some(x + i, static_cast<int>(n - i), -INFINITY), top1);
+  return max_lanes(vmax(top0, top1));
+}
+
+// Adds n logits to the sum.  With kKeep, leaves each one's e^d in kept[0 .. n),
+// d against the top as it is after this block, pairs of vectors in load_pair's
+// order; kept may be x itself.
+template <bool kKeep, class E>
+static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperature, float* kept) {
+  const float top = block_top(x, n);
   if (top > run.top) {
     if (run.top > -INFINITY) {
       const double shift = (static_cast<double>(run.top) - top) * inv_temperature;
@@ -58,32 +75,40 @@ static void add_block(RunningSum& run, const float* x, int64_t n, float inv_temp
     run.top = top;
   }
   if (run.top == -INFINITY) {  // nothing but -inf and NaN so far: e^d is undefined
-    for (i = 0; i < n; ++i) run.poisoned = run.poisoned || x[i] != x[i];
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = to_float(x[i]);
+      run.poisoned = run.poisoned || v != v;
+      if constexpr (kKeep) kept[i] = 0;
+    }
     return;
   }
   const vfloat vtop = splat(run.top);
+  const float rate = inv_temperature * kLog2e;
   vfloat sum0{}, sum1{}, weighted0{}, weighted1{};
-  i = 0;
+  int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const vfloat d0 = (load(x + i) - vtop) * inv_temperature;
-    const vfloat d1 = (load(x + i + kLanes) - vtop) * inv_temperature;
-    const vfloat e0 = exp_nonpositive(d0), e1 = exp_nonpositive(d1);
+    vfloat a, b;
+    load_pair(x + i, a, b);
+    const vfloat t0 = (a - vtop) * rate, t1 = (b - vtop) * rate;
+    // 2^t is 0 below the floor, and t held there keeps 0 * -inf from making a NaN.
+    const vfloat h0 = hold(t0), h1 = hold(t1);
+    const vfloat e0 = exp2_held(t0, h0), e1 = exp2_held(t1, h1);
     sum0 += e0;
     sum1 += e1;
-    // e^d is 0 below the floor; the clamp keeps 0 * -inf from making a NaN.
-    weighted0 += e0 * (d0 < kExpFloor ? splat(kExpFloor) : d0);
-    weighted1 += e1 * (d1 < kExpFloor ? splat(kExpFloor) : d1);
+    weighted0 += e0 * h0;
+    weighted1 += e1 * h1;
+    if constexpr (kKeep) store(kept + i, e0), store(kept + i + kLanes, e1);
   }
   for (; i < n; i += kLanes) {
-    float part[kLanes];
-    for (int j = 0; j < kLanes; ++j) part[j] = i + j < n ? x[i + j] : -INFINITY;
-    const vfloat d = (load(part) - vtop) * inv_temperature;
-    const vfloat e = exp_nonpositive(d);
+    const int rest = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const vfloat v = rest == kLanes ? load_floats(x + i) : load_some(x + i, rest, -INFINITY);
+    const vfloat t = (v - vtop) * rate, h = hold(t), e = exp2_held(t, h);
     sum0 += e;
-    weighted0 += e * (d < kExpFloor ? splat(kExpFloor) : d);
+    weighted0 += e * h;
+    if constexpr (kKeep) rest == kLanes ? store(kept + i, e) : store_some(kept + i, e, rest);
   }
   run.sum += sum_lanes(sum0 + sum1);
-  run.weighted += sum_lanes(weighted0 + weighted1);
+  run.weighted += sum_lanes(weighted0 + weighted1) * kLn2;
 }
 
 GENREC_INLINE Normalizer<float> finish(const RunningSum& run) {
@@ -102,12 +127,11 @@ struct RowView {
 };
 
 template <class T>
-GENREC_INLINE const acc_t<T>* block_floats(const RowView<T>& row, int64_t at, int64_t n,
-                                           acc_t<T>* scratch) {
-  if (row.columns == nullptr) return as_floats(row.x + at, n, scratch);
-  for (int64_t i = 0; i < n; ++i) scratch[i] = to_float(row.x[row.columns[at + i]]);
-  return scratch;
+GENREC_INLINE void gather(const RowView<T>& row, int64_t at, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(row.x[row.columns[at + i]]);
 }
+
+inline constexpr int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 template <class T>
 static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temperature) {
@@ -116,7 +140,36 @@ static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temper
   RunningSum run;
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
-    add_block(run, block_floats(row, at, n, scratch), n, inv_temperature);
+    if (row.columns == nullptr) {
+      add_block<false>(run, row.x + at, n, inv_temperature, nullptr);
+    } else {
+      gather(row, at, n, scratch);
+      add_block<false>(run, scratch, n, inv_temperature, nullptr);
+    }
+  }
+  return finish(run);
+}
+
+// A row's exponentials as its sum was made of them: from these its gradient is
+// one multiplication a column instead of a second exponential.
+struct Kept {
+  float* e;     // [n], e^((x - tops[i / kBlock]) / temperature), in load_pair's order
+  float* tops;  // [blocks_of(n)]
+};
+
+template <class T>
+static Normalizer<float> normalize(const RowView<T>& row, float inv_temperature, Kept kept) {
+  if (row.n == 0) return empty_row<float>();
+  RunningSum run;
+  for (int64_t at = 0; at < row.n; at += kBlock) {
+    const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
+    if (row.columns == nullptr) {
+      add_block<true>(run, row.x + at, n, inv_temperature, kept.e + at);
+    } else {
+      gather(row, at, n, kept.e + at);
+      add_block<true>(run, kept.e + at, n, inv_temperature, kept.e + at);
+    }
+    kept.tops[at / kBlock] = run.top;
   }
   return finish(run);
 }
@@ -153,24 +206,29 @@ struct RowSlopes {
   S entropy;  // b / temperature
 };
 
-GENREC_INLINE void grad_block(const float* x, float* g, int64_t n, const Normalizer<float>& z,
+template <class E, class G>
+GENREC_INLINE void grad_block(const E* x, G* g, int64_t n, const Normalizer<float>& z,
                               float inv_temperature, RowSlopes<float> slope) {
-  const vfloat top = splat(z.top), log_sum = splat(z.log_sum);
+  const vfloat top = splat(z.top), rate = splat(inv_temperature * kLog2e);
+  const vfloat log2_sum = splat(z.log_sum * kLog2e), ln2 = splat(static_cast<float>(kLn2));
   const vfloat minus_a = splat(-slope.logp), minus_b = splat(-slope.entropy);
   const auto one = [&](vfloat v) __attribute__((always_inline)) {
-    const vfloat logp = (v - top) * inv_temperature - log_sum;
-    const vfloat p = exp_nonpositive(logp);
+    const vfloat t = (v - top) * rate - log2_sum, held = hold(t);
+    const vfloat p = exp2_held(t, held);
     if (slope.entropy == 0) return minus_a * p;
-    const vfloat held = logp < kExpFloor ? splat(kExpFloor) : logp;
-    return p * (minus_a + minus_b * (held + z.entropy));
+    return p * (minus_a + minus_b * (held * ln2 + z.entropy));
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(g + i, one(load(x + i)));
+  const bool number = z.log_sum == z.log_sum && z.top < INFINITY;  // then no value is NaN
+  for (; number && i + 2 * kLanes <= n; i += 2 * kLanes) {
+    vfloat a, b;
+    load_pair(x + i, a, b);
+    store_pair(g + i, one(a), one(b));
+  }
+  for (; i + kLanes <= n; i += kLanes) store_floats(g + i, one(load_floats(x + i)));
   if (i < n) {
-    float part[kLanes] = {};
-    for (int j = 0; i + j < n; ++j) part[j] = x[i + j];
-    store(part, one(load(part)));
-    for (int j = 0; i + j < n; ++j) g[i + j] = part[j];
+    const int rest = static_cast<int>(n - i);
+    store_some(g + i, one(load_some(x + i, rest, -INFINITY)), rest);
   }
 }
 
@@ -191,37 +249,80 @@ GENREC_INLINE S grad_token(S logp, const Normalizer<S>& z, RowSlopes<S> slope) {
   return slope.logp * -std::expm1(logp) - slope.entropy * spread;
 }
 
-// Writes the gradient of a whole row of V columns to g: by `slope` on the row's
-// own columns, which start at `first` where they are a range, and 0 elsewhere.
-// g may be the logits' own memory: what a range still needs is never behind the
-// writer, and lists of columns go through a buffer.
+// The gradient -a p of a row's n columns from what normalize kept of them.
+template <class G>
+GENREC_INLINE void grad_kept(Kept kept, int64_t n, const Normalizer<float>& z,
+                             float inv_temperature, float a, G* g) {
+  const float scale = -a * std::exp(-z.log_sum);
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t last = n - at < kBlock ? n : at + kBlock;
+    const float top = kept.tops[at / kBlock];
+    const float factor = top == z.top ? scale : scale * std::exp((top - z.top) * inv_temperature);
+    int64_t i = at;
+    for (; factor == factor && i + 2 * kLanes <= last; i += 2 * kLanes)
+      store_pair(g + i, load(kept.e + i) * factor, load(kept.e + i + kLanes) * factor);
+    for (; i + kLanes <= last; i += kLanes) store_floats(g + i, load(kept.e + i) * factor);
+    if (i < last) {
+      const int rest = static_cast<int>(last - i);
+      store_some(g + i, load_some(kept.e + i, rest, 0) * factor, rest);
+    }
+  }
+}
+
 template <class T>
-static void grad_row(const RowView<T>& row, int64_t first, int64_t V, T* g,
+GENREC_INLINE void zero(T* g, int64_t n) {
+  std::memset(static_cast<void*>(g), 0, sizeof(T) * static_cast<size_t>(n));
+}
+
+// Where a gradient goes: a row of V elements.  `blank`: the memory is zero
+// already, and what lies outside the support is left untouched.
+template <class T>
+struct GradRow {
+  T* g;
+  int64_t V;
+  bool blank;
+};
+
+template <class T>
+GENREC_INLINE void zero(const GradRow<T>& out) {
+  if (!out.blank) zero(out.g, out.V);
+}
+
+// Writes the gradient of a whole row: by `slope` on the row's own columns, which
+// start at `first` where they are a range, and 0 elsewhere.  `kept` is what
+// normalize kept, or has no `e`.  The gradient may take the logits' own memory:
+// what a range still needs is never behind the writer, and lists of columns go
+// through a buffer.
+template <class T>
+static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out,
                      const Normalizer<acc_t<T>>& z, acc_t<T> inv_temperature,
-                     RowSlopes<acc_t<T>> slope) {
+                     RowSlopes<acc_t<T>> slope, Kept kept) {
   using S = acc_t<T>;
   if (row.columns != nullptr) {
-    S* kept = static_cast<S*>(std::malloc(sizeof(S) * static_cast<size_t>(row.n + kLanes)));
-    S in[kBlock];
-    for (int64_t at = 0; at < row.n; at += kBlock) {
-      const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
-      grad_block(block_floats(row, at, n, in), kept + at, n, z, inv_temperature, slope);
+    S* values = static_cast<S*>(std::malloc(sizeof(S) * static_cast<size_t>(row.n + kLanes)));
+    for (int64_t i = 0; i < row.n; ++i) values[i] = to_float(row.x[row.columns[i]]);
+    if (kept.e == nullptr) {
+      grad_block(values, values, row.n, z, inv_temperature, slope);
+    } else if constexpr (sizeof(S) == sizeof(float)) {
+      grad_kept(kept, row.n, z, inv_temperature, slope.logp, values);
     }
-    std::memset(static_cast<void*>(g), 0, sizeof(T) * static_cast<size_t>(V));
-    for (int64_t i = 0; i < row.n; ++i) from_float(g + row.columns[i], kept[i]);
-    std::free(kept);
+    zero(out);
+    for (int64_t i = 0; i < row.n; ++i) from_float(out.g + row.columns[i], values[i]);
+    std::free(values);
     return;
   }
-  std::memset(static_cast<void*>(g), 0, sizeof(T) * static_cast<size_t>(first));
-  S in[kBlock], out[kBlock];
-  for (int64_t at = 0; at < row.n; at += kBlock) {
-    const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
-    S* target = float_target(g + first + at, out);
-    grad_block(block_floats(row, at, n, in), target, n, z, inv_temperature, slope);
-    put_floats(g + first + at, target, n);
+  if (!out.blank) zero(out.g, first);
+  T* g = out.g + first;
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (kept.e != nullptr)
+      grad_kept(kept, row.n, z, inv_temperature, slope.logp, g);
+    else
+      grad_block(row.x, g, row.n, z, inv_temperature, slope);
+  } else {
+    grad_block(row.x, g, row.n, z, inv_temperature, slope);
   }
   const int64_t last = first + row.n;
-  std::memset(static_cast<void*>(g + last), 0, sizeof(T) * static_cast<size_t>(V - last));
+  if (!out.blank) zero(out.g + last, out.V - last);
 }
 
 }  // namespace genrec::GENREC_ISA

@@ -11,7 +11,7 @@
 
 #include "common/dtype.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,8 @@ inline constexpr int kLanes = 4;
 
 using vfloat = float __attribute__((vector_size(kLanes * 4)));
 using vint = int32_t __attribute__((vector_size(kLanes * 4)));
+using vuint = uint32_t __attribute__((vector_size(kLanes * 4)));
+using vushort = uint16_t __attribute__((vector_size(kLanes * 2)));
 
 #define GENREC_INLINE static inline __attribute__((always_inline))
 
@@ -37,64 +39,90 @@ GENREC_INLINE vfloat load(const float* p) {
   return v;
 }
 GENREC_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-GENREC_INLINE vfloat vmax(vfloat a, vfloat b) { return a < b ? b : a; }
 
-// The reductions' order is fixed, so equal input gives equal bits.
+// The larger lane; b where either is NaN.  Said in one instruction where the
+// compiler would make two of the comparison.
+GENREC_INLINE vfloat vmax(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Halves are folded until one lane is left: the order is fixed, so equal input
+// gives equal bits.
+#if defined(__AVX512F__)
+GENREC_INLINE float sum_lanes(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
+GENREC_INLINE float max_lanes(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+using vhalf = float __attribute__((vector_size(16)));
 GENREC_INLINE float sum_lanes(vfloat v) {
-  float part[kLanes];
-  store(part, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
+  vhalf part;
+  std::memcpy(&part, &v, sizeof part);
+  if constexpr (kLanes == 8) {
+    vhalf high;
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof part, sizeof high);
+    part += high;
+  }
+  return (part[0] + part[2]) + (part[1] + part[3]);
 }
 GENREC_INLINE float max_lanes(vfloat v) {
-  float part[kLanes];
-  store(part, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = part[i] < part[i + width] ? part[i + width] : part[i];
-  return part[0];
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = most < v[i] ? v[i] : most;
+  return most;
 }
+#endif
 
-// Arguments below this give 0: e^-87.3 is the smallest normal float.
-inline constexpr float kExpFloor = -87.3365f;
+// Asks for the cache line of p; any address will do, also one past the end.
+GENREC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
-// e^x for x <= 0, to about 1 ulp; 0 below kExpFloor, NaN for NaN.  x = n ln 2 + r
-// with ln 2 in two parts, then a polynomial in r on [-ln 2 / 2, ln 2 / 2].
-GENREC_INLINE vfloat exp_nonpositive(vfloat x) {
-  const vfloat held = x < kExpFloor ? splat(kExpFloor) : x;  // keeps NaN
+// Exponentials are taken to base 2: e^d = 2^t with t = d log2(e), and log2(e)
+// joins the temperature in one factor.
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr double kLn2 = 0.693147180559945309;
+
+// Exponents below this give 0: 2^-126 is the smallest normal float.
+inline constexpr float kExponentFloor = -126.f;
+
+// t held at kExponentFloor from below; NaN stays.
+GENREC_INLINE vfloat hold(vfloat t) { return vmax(splat(kExponentFloor), t); }
+
+// 2^held for t <= 0 and held = hold(t), to about 1 ulp; 0 where t is below the
+// floor, NaN for NaN.  A polynomial in the distance to the nearest integer:
+// interpolation at the Chebyshev nodes of [-1/2, 1/2], relative error 1e-8.
+GENREC_INLINE vfloat exp2_held(vfloat t, vfloat held) {
+#if defined(__AVX512F__)
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)held, 0);
+#else
   // Adding 1.5 * 2^23 rounds to the nearest integer, left in the low mantissa bits.
-  const vfloat magic = splat(12582912.f);
-  const vfloat shifted = held * 1.44269504088896341f + magic;
-  const vfloat n = shifted - magic;
-  vfloat r = held - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  // shifted's bits are those of magic plus n; shifting drops magic's own.
+  const vfloat shifted = held + 12582912.f;
+  const vfloat n = shifted - 12582912.f;
+#endif
+  const vfloat f = held - n;
+  vfloat p = splat(1.545316336e-04f);
+  p = p * f + 1.339086331e-03f;
+  p = p * f + 9.618083015e-03f;
+  p = p * f + 5.550356954e-02f;
+  p = p * f + 2.402265072e-01f;
+  p = p * f + 6.931471825e-01f;
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  const __mmask16 in = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kExponentFloor), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(in, (__m512)p, (__m512)n);
+#else
+  // shifted's bits are those of the constant plus n; shifting drops the constant's own.
   const vint bits = ((vint)shifted << 23) + (127 << 23);
   vfloat power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < kExpFloor ? vfloat{} : p * power;
+  return t < kExponentFloor ? vfloat{} : p * power;
+#endif
 }
+GENREC_INLINE vfloat exp2_nonpositive(vfloat t) { return exp2_held(t, hold(t)); }
 
-// ---- rows of any element type, as floats, a block at a time ----
-
-// Returns n floats: the row itself, or `scratch` filled by conversion.
-GENREC_INLINE const float* as_floats(const float* row, int64_t, float*) { return row; }
-GENREC_INLINE const double* as_floats(const double* row, int64_t, double*) { return row; }
-
-GENREC_INLINE const float* as_floats(const bf16_t* row, int64_t n, float* scratch) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(row[i].bits) << 16;
-    std::memcpy(scratch + i, &bits, 4);
-  }
-  return scratch;
-}
+// ---- elements of any type as floats ----
 
 GENREC_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
@@ -114,36 +142,12 @@ GENREC_INLINE float half_to_float(uint16_t h) {
   return out;
 }
 
-GENREC_INLINE const float* as_floats(const f16_t* row, int64_t n, float* scratch) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(scratch + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
-#endif
-  for (; i < n; ++i) scratch[i] = half_to_float(row[i].bits);
-  return scratch;
-}
-
-// Where a block's results are computed before put_floats writes them.
-GENREC_INLINE float* float_target(float* row, float*) { return row; }
-GENREC_INLINE double* float_target(double* row, double*) { return row; }
-GENREC_INLINE float* float_target(bf16_t*, float* scratch) { return scratch; }
-GENREC_INLINE float* float_target(f16_t*, float* scratch) { return scratch; }
-
-GENREC_INLINE void put_floats(float*, const float*, int64_t) {}  // already in place
-GENREC_INLINE void put_floats(double*, const double*, int64_t) {}
-
 GENREC_INLINE uint16_t float_to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
   return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
-GENREC_INLINE void put_floats(bf16_t* row, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) row[i].bits = float_to_bf16(x[i]);
-}
-
 GENREC_INLINE uint16_t float_to_half(float x) {
 #if defined(__F16C__)
   return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
@@ -166,16 +170,6 @@ GENREC_INLINE uint16_t float_to_half(float x) {
   return sign | static_cast<uint16_t>((bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13);
 #endif
 }
-GENREC_INLINE void put_floats(f16_t* row, const float* x, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < n; ++i) row[i].bits = float_to_half(x[i]);
-}
-
 GENREC_INLINE float to_float(float x) { return x; }
 GENREC_INLINE double to_float(double x) { return x; }
 GENREC_INLINE float to_float(bf16_t x) {
@@ -189,5 +183,97 @@ GENREC_INLINE void from_float(float* p, float x) { *p = x; }
 GENREC_INLINE void from_float(double* p, double x) { *p = x; }
 GENREC_INLINE void from_float(bf16_t* p, float x) { p->bits = float_to_bf16(x); }
 GENREC_INLINE void from_float(f16_t* p, float x) { p->bits = float_to_half(x); }
+
+// ---- kLanes elements at a time ----
+
+GENREC_INLINE vfloat load_floats(const float* p) { return load(p); }
+GENREC_INLINE vfloat load_floats(const bf16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+  vushort halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (vfloat)(__builtin_convertvector(halves, vuint) << 16);
+#endif
+}
+GENREC_INLINE vfloat load_floats(const f16_t* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+#endif
+}
+
+// To nearest even, left in the upper half of each lane; a NaN may become an
+// infinity, and store_pair's callers see to it that there is none.
+GENREC_INLINE vuint round_to_bf16(vfloat v) {
+  const vuint bits = (vuint)v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+GENREC_INLINE void store_floats(float* p, vfloat v) { store(p, v); }
+GENREC_INLINE void store_floats(bf16_t* p, vfloat v) {
+  const vuint rounded = v == v ? round_to_bf16(v) : (vuint{} + 0x7fc00000u);
+  const vushort halves = __builtin_convertvector(rounded >> 16, vushort);
+  std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
+}
+GENREC_INLINE void store_floats(f16_t* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// Twice as many, as two vectors, none of them NaN where they are stored.  Which element goes to
+// which lane is the type's own business, the same for loads and stores: bf16 puts even elements
+// into one vector and odd ones into the other, which needs no shuffle.
+template <class T>
+GENREC_INLINE void load_pair(const T* p, vfloat& a, vfloat& b) {
+  a = load_floats(p);
+  b = load_floats(p + kLanes);
+}
+template <class T>
+GENREC_INLINE void store_pair(T* p, vfloat a, vfloat b) {
+  store_floats(p, a);
+  store_floats(p + kLanes, b);
+}
+GENREC_INLINE void load_pair(const bf16_t* p, vfloat& a, vfloat& b) {
+  vuint both;
+  std::memcpy(&both, p, sizeof both);
+  a = (vfloat)(both << 16);
+  b = (vfloat)(both & 0xffff0000u);
+}
+GENREC_INLINE void store_pair(bf16_t* p, vfloat a, vfloat b) {
+  const vuint both = (round_to_bf16(a) >> 16) | (round_to_bf16(b) & 0xffff0000u);
+  std::memcpy(static_cast<void*>(p), &both, sizeof both);
+}
+
+// The first n < kLanes elements, `fill` in the other lanes.
+template <class T>
+GENREC_INLINE vfloat load_some(const T* p, int n, float fill) {
+  float part[kLanes];
+  for (int i = 0; i < kLanes; ++i) part[i] = fill;
+  for (int i = 0; i < n; ++i) part[i] = to_float(p[i]);
+  return load(part);
+}
+template <class T>
+GENREC_INLINE void store_some(T* p, vfloat v, int n) {
+  float part[kLanes];
+  store(part, v);
+  for (int i = 0; i < n; ++i) from_float(p + i, part[i]);
+}
 
 }  // namespace genrec::GENREC_ISA

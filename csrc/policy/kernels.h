@@ -38,9 +38,10 @@ inline constexpr double kOutsideLogp = -100;
 
 struct TokenLogpsArgs {
   Scores in;
-  void* logps = nullptr;    // S [N, T]
-  void* entropy = nullptr;  // S [N, T], nats
-  void* norm = nullptr;     // S [N, T, 2]: the row's maximum (scaled) and log of its sum
+  void* logps = nullptr;      // S [N, T]
+  void* entropy = nullptr;    // S [N, T], nats
+  void* norm = nullptr;       // S [N, T, 2]: the row's maximum and log of its sum
+  void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
 struct TokenLogpsBackwardArgs {
@@ -50,6 +51,7 @@ struct TokenLogpsBackwardArgs {
   const void* grad_logps = nullptr;    // S [N, T]
   const void* grad_entropy = nullptr;  // S [N, T]
   void* grad_logits = nullptr;         // like logits, contiguous
+  bool grad_is_zero = false;           // CPU only: it needs no zeros outside the support
 };
 
 inline constexpr int kStats = 6;  // ratio, coefficient, capped share, entropy, p, divergence
@@ -73,12 +75,15 @@ struct SageLossArgs {
   SequenceArgs sequence;
   void* grad_logits = nullptr;  // null: no gradient wanted; may be the logits themselves
   int64_t grad_stride_n = 0, grad_stride_t = 0;
+  bool grad_is_zero = false;  // CPU only: it needs no zeros outside the support
   void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
-// A row's maximum, log of its sum, entropy, log-probability and slope, between
-// the launches of the fused loss on CUDA.
-inline constexpr int kWorkspace = 5;
+// Between launches on CUDA: a row's maximum, log of its sum, entropy,
+// log-probability and slope, then the sums of up to kMaxParts parts of it.
+inline constexpr int kRowState = 5;
+inline constexpr int kMaxParts = 8;
+inline constexpr int kWorkspace = kRowState + 3 * kMaxParts;
 
 struct SageFromLogpsArgs {
   DType dtype = DType::f32;  // f32 or f64

@@ -11,6 +11,7 @@
 #include "common/cuda_runtime.h"
 #else
 #include "common/isa.h"
+#include "common/pages.h"
 #endif
 
 namespace genrec {
@@ -37,6 +38,12 @@ extern const CudaKernels cuda_kernels;  // policy_cuda.cu
 
 namespace {
 
+// A new tensor for the gradient of logits [N, T, V]; `blank` where it holds zeros.
+struct Gradient {
+  Tensor values;
+  bool blank;
+};
+
 // This file is compiled into both libraries.  What differs is below: where the
 // kernels are, how one is run, and that the host can look at indices only where
 // they are in its memory.
@@ -59,6 +66,10 @@ void run(int (*launch)(const Args&, void*), const Args& args, int64_t N, int64_t
 template <class Args>
 void run(int (*launch)(const Args&, void*), const Args& args, const Tensor& where) {
   run(launch, args, 1, 0, where);
+}
+
+Gradient new_gradient(const Tensor& like, bool) {
+  return {torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)}), false};
 }
 
 #else
@@ -91,6 +102,23 @@ void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_
 template <class Args>
 void run(void (*kernel)(const Args&), const Args& args, const Tensor&) {
   kernel(args);
+}
+
+// Below this many bytes a blank gradient is not worth a mapping of its own.
+constexpr int64_t kMapWorthwhile = int64_t{1} << 20;
+
+Gradient new_gradient(const Tensor& like, bool sparse) {
+  const int64_t N = like.size(0), T = like.size(1), V = like.size(2);
+  const int64_t bytes = like.numel() * static_cast<int64_t>(like.element_size());
+  void* blank = sparse && bytes >= kMapWorthwhile ? map_blank(bytes) : nullptr;
+  if (blank != nullptr)
+    return {
+        torch::stable::from_blob(blank, {N, T, V}, {T * V, V, 1}, like.device(), like.scalar_type(),
+                                 [bytes](void* data) { unmap_blank(data, bytes); }),
+        true};
+  Tensor values = torch::stable::new_empty(like, {N, T, V});
+  advise_huge_pages(values.mutable_data_ptr(), bytes);
+  return {values, false};
 }
 
 #endif
@@ -226,8 +254,13 @@ void check_indices(const Rows& rows, bool validate) {
   }
 }
 
-// How many columns a sequence reads: what parallel grain is made of.
+// How many columns a sequence has: what parallel grain is made of.
 int64_t work_of(const Scores& s) { return s.T * s.V; }
+
+// Whether rows are normalised over part of their columns.
+bool is_supported(const Scores& s) {
+  return s.support.ranges != nullptr || s.support.columns != nullptr;
+}
 
 template <class Enum>
 Enum one_of(const std::string& value, const char* name,
@@ -335,6 +368,17 @@ Tensor reduced(const Sequences& q, bool reduce) {
   return total;
 }
 
+// What CUDA kernels leave for one another; it may go when they are launched, since
+// its memory is used again on the same stream.
+std::optional<Tensor> new_workspace(const Tensor& like, int64_t N, int64_t T) {
+  if (kOnHost) return std::nullopt;
+  return torch::stable::new_empty(like, {N, T, kWorkspace});
+}
+
+void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->mutable_data_ptr() : nullptr;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
     const Tensor& logits, const Tensor& tokens, std::optional<Tensor> mask,
     std::optional<Tensor> ranges, std::optional<Tensor> columns, std::optional<Tensor> begin,
@@ -346,8 +390,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
   Tensor logps = torch::stable::new_empty(logits, {N, T}, S);
   Tensor entropy = torch::stable::new_empty(logits, {N, T}, S);
   Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
+  const std::optional<Tensor> workspace = new_workspace(norm, N, T);
   const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
-                            norm.mutable_data_ptr()};
+                            norm.mutable_data_ptr(), data_or_null(workspace)};
   run(kernels().token_logps, args, N, work_of(rows.scores), logits);
   return {logps, entropy, norm};
 }
@@ -360,7 +405,7 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
                             double temperature) {
   const Rows rows =
       make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, false, false);
-  const int64_t N = rows.scores.N, T = rows.scores.T, V = rows.scores.V;
+  const int64_t N = rows.scores.N, T = rows.scores.T;
   const ScalarType S = accumulate_type(rows.scores.dtype);
   require_tensor(grad_logps, "grad_logps", S, {N, T}, logits);
   require_tensor(grad_entropy, "grad_entropy", S, {N, T}, logits);
@@ -370,32 +415,30 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
   const Tensor by_entropy = torch::stable::contiguous(grad_entropy);
   const Tensor held_norm = torch::stable::contiguous(norm);
   const Tensor held_entropy = torch::stable::contiguous(entropy);
-  Tensor grad = torch::stable::new_empty(logits, {N, T, V});
+  const Gradient grad = new_gradient(logits, is_supported(rows.scores));
   const TokenLogpsBackwardArgs args{rows.scores,
                                     held_norm.const_data_ptr(),
                                     held_entropy.const_data_ptr(),
                                     by_logps.const_data_ptr(),
                                     by_entropy.const_data_ptr(),
-                                    grad.mutable_data_ptr()};
+                                    grad.values.mutable_data_ptr(),
+                                    grad.blank};
   run(kernels().token_logps_backward, args, N, work_of(rows.scores), logits);
-  return grad;
+  return grad.values;
 }
 
-// Both forms of the fused loss.  `grad_into` is null, the logits, or a new tensor.
-std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q,
-                                         const Tensor* grad_into, bool reduce) {
+// Both forms of the fused loss.  `into` is null, the logits, or a new tensor.
+std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q, const Gradient* into,
+                                         bool reduce) {
   SageLossArgs args{rows.scores, q.args};
-  if (grad_into != nullptr) {
-    args.grad_logits = grad_into->mutable_data_ptr();
-    args.grad_stride_n = grad_into->stride(0);
-    args.grad_stride_t = grad_into->stride(1);
+  if (into != nullptr) {
+    args.grad_logits = into->values.mutable_data_ptr();
+    args.grad_stride_n = into->values.stride(0);
+    args.grad_stride_t = into->values.stride(1);
+    args.grad_is_zero = into->blank;
   }
-  std::optional<Tensor> workspace;
-  if (!kOnHost) {
-    const Scores& s = rows.scores;
-    workspace = torch::stable::new_empty(q.losses, {s.N, s.T, kWorkspace});
-    args.workspace = workspace->mutable_data_ptr();
-  }
+  const std::optional<Tensor> workspace = new_workspace(q.losses, rows.scores.N, rows.scores.T);
+  args.workspace = data_or_null(workspace);
   run(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores), rows.logits);
   return {reduced(q, reduce), q.stats};
 }
@@ -417,10 +460,10 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
-  const Tensor grad = with_grad ? torch::stable::new_empty(logits, {s.N, s.T, s.V})
-                                : torch::stable::new_empty(logits, {0});
+  const Gradient grad = with_grad ? new_gradient(logits, is_supported(s))
+                                  : Gradient{torch::stable::new_empty(logits, {0}), false};
   auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, reduce);
-  return {loss, stats, grad};
+  return {loss, stats, grad.values};
 }
 
 std::tuple<Tensor, Tensor> sage_loss_forward_(
@@ -440,7 +483,8 @@ std::tuple<Tensor, Tensor> sage_loss_forward_(
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
-  return run_sage_loss(rows, q, &logits, reduce);
+  const Gradient over{logits, false};
+  return run_sage_loss(rows, q, &over, reduce);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(

@@ -42,7 +42,7 @@ bool holds(const RowView<T>& row, int64_t first, int64_t column) {
 // The gradient of one row, its token's own column included.
 template <class T>
 void write_grad(const Scores& in, int64_t n, int64_t t, const Normalizer<acc_t<T>>& z,
-                RowSlopes<acc_t<T>> slope, T* g) {
+                RowSlopes<acc_t<T>> slope, Kept kept, const GradRow<T>& out) {
   using S = acc_t<T>;
   int64_t first;
   const RowView<T> row = supported<T>(in, n, t, first);
@@ -51,17 +51,16 @@ void write_grad(const Scores& in, int64_t n, int64_t t, const Normalizer<acc_t<T
   const bool held = counted && holds(row, first, token);
   if (!held) slope.logp = 0;
   if (!counted) slope.entropy = 0;
+  // Also where the row is not a number.
+  if (slope.logp == 0 && slope.entropy == 0) return zero(out);
   const S inv = static_cast<S>(in.inv_temperature);
   S own = 0;
   if (held) {
     const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
     own = grad_token(log_softmax<S>(to_float(x[token]), z, inv), z, slope);
   }
-  if (slope.logp == 0 && slope.entropy == 0)  // also where the row is not a number
-    std::memset(static_cast<void*>(g), 0, sizeof(T) * static_cast<size_t>(in.V));
-  else
-    grad_row(row, first, in.V, g, z, inv, slope);
-  if (held && !(slope.logp == 0 && slope.entropy == 0)) from_float(g + token, own);
+  grad_row(row, first, out, z, inv, slope, kept);
+  if (held) from_float(out.g + token, own);
 }
 
 template <class T>
@@ -100,9 +99,41 @@ void token_logps_backward(const TokenLogpsBackwardArgs& a, int64_t first_n, int6
     const Normalizer<S> z{norm[0], norm[1], static_cast<const S*>(a.entropy)[r]};
     const RowSlopes<S> slope{static_cast<const S*>(a.grad_logps)[r] * inv,
                              static_cast<const S*>(a.grad_entropy)[r] * inv};
-    write_grad<T>(in, r / in.T, r % in.T, z, slope, static_cast<T*>(a.grad_logits) + r * in.V);
+    write_grad<T>(in, r / in.T, r % in.T, z, slope, Kept{nullptr, nullptr},
+                  {static_cast<T*>(a.grad_logits) + r * in.V, in.V, a.grad_is_zero});
   }
 }
+
+// A sequence's exponentials are kept between its sums and its gradient where
+// they are no more than this; two such buffers fit a second-level cache.  Longer
+// rows are read and exponentiated again.
+constexpr int64_t kKeptFloats = int64_t{1} << 17;
+
+// One thread's memory for a sequence: its rows' exponentials, one after another.
+class Keeper {
+ public:
+  Keeper() = default;
+  Keeper(const Keeper&) = delete;
+  Keeper& operator=(const Keeper&) = delete;
+  ~Keeper() { std::free(floats_); }
+
+  // Room for `count` floats, or false where that is too many to be worth keeping.
+  bool reserve(int64_t count) {
+    if (count > kKeptFloats) return false;
+    if (count <= capacity_) return true;
+    std::free(floats_);
+    // Whole vectors, whole pages.
+    const int64_t rounded = (count + 1023) / 1024 * 1024;
+    floats_ = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * rounded));
+    capacity_ = floats_ == nullptr ? 0 : rounded;
+    return floats_ != nullptr;
+  }
+  float* data() const { return floats_; }
+
+ private:
+  float* floats_ = nullptr;
+  int64_t capacity_ = 0;
+};
 
 template <class T>
 void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
@@ -113,30 +144,57 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
   struct Row {
     Normalizer<S> z;
     S logp, slope;
+    Kept kept;
   };
   Row* rows = static_cast<Row*>(std::malloc(sizeof(Row) * static_cast<size_t>(in.T)));
+  Keeper keeper;
   for (int64_t n = first_n; n < last_n; ++n) {
+    bool keep = false;
+    if constexpr (sizeof(S) == sizeof(float)) {
+      int64_t floats = 0;
+      for (int64_t t = 0; a.grad_logits != nullptr && t < in.T; ++t) {
+        int64_t first;
+        const int64_t columns = supported<T>(in, n, t, first).n;
+        floats += columns + blocks_of(columns);
+      }
+      keep = floats > 0 && keeper.reserve(floats);
+    }
+    float* room = keeper.data();
     S entropy = 0;
     int64_t count = 0;
     for (int64_t t = 0; t < in.T; ++t) {
+      rows[t].kept = {nullptr, nullptr};
       if (!counts(in.mask, n * in.T + t)) continue;
       int64_t first;
       const RowView<T> row = supported<T>(in, n, t, first);
       const int64_t token = in.tokens[n * in.T + t];
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
-      rows[t].z = normalize(row, inv);
+      if constexpr (sizeof(S) == sizeof(float)) {
+        if (keep) {
+          rows[t].kept = {room, room + row.n};
+          room += row.n + blocks_of(row.n);
+          rows[t].z = normalize(row, inv, rows[t].kept);
+        } else {
+          rows[t].z = normalize(row, inv);
+        }
+      } else {
+        rows[t].z = normalize(row, inv);
+      }
       rows[t].logp = holds(row, first, token) ? log_softmax<S>(to_float(x[token]), rows[t].z, inv)
                                               : static_cast<S>(kOutsideLogp);
       entropy += rows[t].z.entropy;
       ++count;
     }
-    sequence_loss<S>(
-        a.sequence, n, count > 0 ? entropy / count : S(0), [&](int64_t t) { return rows[t].logp; },
-        [&](int64_t t, S slope) { rows[t].slope = slope; });
+    const S mean_entropy = count > 0 ? entropy / count : S(0);
+    keep_result(a.sequence, n,
+                sequence_loss<S>(
+                    a.sequence, n, mean_entropy, [&](int64_t t) { return rows[t].logp; },
+                    [&](int64_t t, S slope) { rows[t].slope = slope; }));
     if (a.grad_logits == nullptr) continue;
     for (int64_t t = 0; t < in.T; ++t) {
       T* g = static_cast<T*>(a.grad_logits) + n * a.grad_stride_n + t * a.grad_stride_t;
-      write_grad<T>(in, n, t, rows[t].z, {rows[t].slope * inv, S(0)}, g);
+      write_grad<T>(in, n, t, rows[t].z, {rows[t].slope * inv, S(0)}, rows[t].kept,
+                    {g, in.V, a.grad_is_zero});
     }
   }
   std::free(rows);
@@ -148,27 +206,28 @@ void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t l
   for (int64_t n = first_n; n < last_n; ++n) {
     const S* logps = static_cast<const S*>(a.logps) + n * T;
     S* grad = static_cast<S*>(a.grad_logps) + n * T;
-    sequence_loss<S>(
-        a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
-        [&](int64_t t, S slope) { grad[t] = slope; });
+    keep_result(a.sequence, n,
+                sequence_loss<S>(
+                    a.sequence, n, S(0), [&](int64_t t) { return logps[t]; },
+                    [&](int64_t t, S slope) { grad[t] = slope; }));
   }
 }
 
 template <class T>
 void scale(const ScaleArgs& a, int64_t first, int64_t last) {
   using S = acc_t<T>;
-  S in[kBlock], out[kBlock];
   for (int64_t n = first; n < last; ++n) {
     const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
     const T* x = static_cast<const T*>(a.grad) + n * a.inner;
     T* y = static_cast<T*>(a.out) + n * a.inner;
-    for (int64_t at = 0; at < a.inner; at += kBlock) {
-      const int64_t size = a.inner - at < kBlock ? a.inner - at : kBlock;
-      const S* block = as_floats(x + at, size, in);
-      S* target = float_target(y + at, out);
-      for (int64_t i = 0; i < size; ++i) target[i] = block[i] * factor;
-      put_floats(y + at, target, size);
-    }
+    int64_t i = 0;
+    if constexpr (sizeof(S) == sizeof(float))
+      for (; i + 2 * kLanes <= a.inner; i += 2 * kLanes) {
+        vfloat u, v;
+        u = load_floats(x + i), v = load_floats(x + i + kLanes);
+        store_floats(y + i, u * factor), store_floats(y + i + kLanes, v * factor);
+      }
+    for (; i < a.inner; ++i) from_float(y + i, to_float(x[i]) * factor);
   }
 }
 

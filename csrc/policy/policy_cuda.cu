@@ -1,10 +1,13 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// One block a row for what reads logits, one thread a sequence for the scalar
-// mathematics between.  A loss is three launches: normalise, score, gradient.
+// A loss goes one of two ways.  Where a sequence's rows fit the shared memory of
+// a block, or of a cluster of up to eight, one launch does all: rows are read
+// once, kept on the chip, and left as gradient.  Longer sequences take three
+// launches: sums of parts of rows, the sequences' scalar mathematics, gradient.
 // No index is trusted: a token, range or column list that points outside the row
-// is treated as outside the support.
+// is treated as outside the support.  Nothing waits for the device, so every call
+// can be captured in a graph.
 #include "common/row_cuda.cuh"
 #include "policy/advantages.h"
 #include "policy/kernels.h"
@@ -14,6 +17,8 @@ namespace genrec::policy {
 namespace {
 
 using namespace genrec::cuda;
+
+// ---- a row's columns ----
 
 // The columns of row r = n * T + t: the range [first, first + n) or a list.
 struct RowColumns {
@@ -25,7 +30,7 @@ __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high)
   return x < low ? low : x > high ? high : x;
 }
 
-__device__ RowColumns columns_of(const Scores& in, int64_t r) {
+__device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r) {
   const Support& s = in.support;
   if (s.columns != nullptr) {
     const int64_t begin = bounded(s.begin[r], 0, s.num_columns);
@@ -38,147 +43,463 @@ __device__ RowColumns columns_of(const Scores& in, int64_t r) {
   return {nullptr, 0, in.V};
 }
 
-__device__ bool holds(const RowColumns& c, int64_t column) {
+__device__ __forceinline__ bool holds(const RowColumns& c, int64_t column) {
   if (c.list == nullptr) return column >= c.first && column < c.first + c.n;
   return lists(c.list, c.n, column);
 }
 
 template <class T>
-__device__ const T* row_of(const Scores& in, int64_t r) {
+__device__ __forceinline__ const T* row_of(const Scores& in, int64_t r) {
   return static_cast<const T*>(in.logits) + (r / in.T) * in.stride_n + (r % in.T) * in.stride_t;
 }
 
-__device__ bool scored(const Scores& in, const RowColumns& c, int64_t r) {
+// Whether the row has its token among its columns.
+__device__ __forceinline__ bool scored(const Scores& in, const RowColumns& c, int64_t r) {
   const int64_t token = in.tokens[r];
   return token >= 0 && token < in.V && holds(c, token);
 }
 
-// What a row's normaliser, entropy and log-probability are written to: strided,
-// so that one kernel serves token_logps and the fused loss.
+__host__ __device__ __forceinline__ int64_t round_up(int64_t x, int64_t step) {
+  return (x + step - 1) / step * step;
+}
+
+// ---- sums ----
+
+// The sum over part s of the row's columns.  With a `keep`, leaves the logits
+// there: keep[i] is column c.first + i, or entry i of the list.
+template <class T>
+__device__ __forceinline__ Partial<acc_t<T>> sum_part(const Scores& in, const RowColumns& c,
+                                                      const T* x, Share s, int thread, int threads,
+                                                      T* keep) {
+  using S = acc_t<T>;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  Partial<S> sum = empty_partial<S>();
+  if (c.list != nullptr) {
+    for (int64_t i = s.begin + thread; i < s.end; i += threads) {
+      const int64_t v = c.list[i];
+      if (v < 0 || v >= in.V) continue;
+      add(sum, load(x + v), rate);
+      if (keep != nullptr) keep[i] = x[v];
+    }
+    return sum;
+  }
+  const T* from = x + c.first;
+  read_packs(
+      from, s, thread, threads,
+      [&](int64_t i, const Pack<T>& pack) {
+        add_pack(sum, pack, rate);
+        if (keep != nullptr) store_pack(keep + i, pack);
+      },
+      [&](int64_t i) {
+        add(sum, load(from + i), rate);
+        if (keep != nullptr) keep[i] = from[i];
+      });
+  return sum;
+}
+
+// What a row's tokens and sequences are scored from.
 template <class S>
-struct RowOutputs {
-  S *top, *log_sum, *entropy, *logp;
-  int64_t stride, norm_stride;
+struct RowState {
+  Normalizer<S> z;
+  S logp, slope;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) normalize_rows(Scores in, RowOutputs<acc_t<T>> out) {
+__device__ __forceinline__ RowState<acc_t<T>> state_of(const Scores& in, const RowColumns& c,
+                                                       int64_t r, const Partial<acc_t<T>>& sum) {
   using S = acc_t<T>;
-  const int64_t r = blockIdx.x;
-  const S inv = static_cast<S>(in.inv_temperature);
-  if (!counts(in.mask, r)) {
-    if (threadIdx.x == 0)
-      out.top[r * out.norm_stride] = out.log_sum[r * out.norm_stride] =
-          out.entropy[r * out.stride] = out.logp[r * out.stride] = S(0);
-    return;
+  const Normalizer<S> z = c.n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
+  const S logp = scored(in, c, r) ? (load(row_of<T>(in, r) + in.tokens[r]) - z.top) *
+                                            static_cast<S>(in.inv_temperature) -
+                                        z.log_sum
+                                  : static_cast<S>(kOutsideLogp);
+  return {z, logp, S(0)};
+}
+
+// Where the states of rows are kept in memory: strided, so that one kernel serves
+// token_logps and the loss.
+template <class S>
+struct RowArrays {
+  S *top, *log_sum, *entropy, *logp;
+  int64_t stride, norm_stride;
+
+  __device__ void set(int64_t r, const RowState<S>& row) const {
+    top[r * norm_stride] = row.z.top;
+    log_sum[r * norm_stride] = row.z.log_sum;
+    entropy[r * stride] = row.z.entropy;
+    logp[r * stride] = row.logp;
   }
-  const RowColumns c = columns_of(in, r);
-  const T* x = row_of<T>(in, r);
-  Partial<S> mine{-INFINITY, S(0), S(0)};
-  for (int64_t i = threadIdx.x; i < c.n; i += kThreads) {
-    const int64_t v = c.list == nullptr ? c.first + i : c.list[i];
-    if (v >= 0 && v < in.V) add(mine, load(x + v), inv);
-  }
-  const Partial<S> all = merge_block(mine, inv);
-  if (threadIdx.x != 0) return;
-  const bool none = c.n == 0;
-  const S log_sum = none ? S(0) : all.top == -INFINITY ? S(NAN) : log(all.e);
-  const S top = none ? S(0) : all.top;
-  out.top[r * out.norm_stride] = top;
-  out.log_sum[r * out.norm_stride] = log_sum;
-  out.entropy[r * out.stride] = none ? S(0) : log_sum - all.w / all.e;
-  out.logp[r * out.stride] = scored(in, c, r) ? (load(x + in.tokens[r]) - top) * inv - log_sum
-                                              : static_cast<S>(kOutsideLogp);
+};
+
+// The sums of a row's parts, in its workspace.
+template <class S>
+__device__ __forceinline__ Partial<S>* parts_of(S* workspace, int64_t r) {
+  return reinterpret_cast<Partial<S>*>(workspace + r * kWorkspace + kRowState);
 }
 
 template <class S>
-struct RowInputs {
-  const S *top, *log_sum, *entropy, *slope, *entropy_slope;  // entropy_slope may be null
+__device__ __forceinline__ Partial<S> merge_parts(const Partial<S>* parts, int n, S rate) {
+  Partial<S> sum = parts[0];
+  for (int i = 1; i < n; ++i) sum = merge(sum, parts[i], rate);
+  return sum;
+}
+
+// A warp a row of up to this many columns; a block a part of a longer one.
+constexpr int64_t kWarpRow = 2048;
+
+// One launch for rows that are not cut: a warp or a block makes a row's state.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    normalize_rows(Scores in, RowArrays<acc_t<T>> out, int warps_per_row) {
+  using S = acc_t<T>;
+  constexpr int kWarps = kThreads / kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t r =
+      blockIdx.x * static_cast<int64_t>(kWarps / warps_per_row) + warp / warps_per_row;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const bool mine = r < in.N * in.T && counts(in.mask, r);
+  RowColumns c{nullptr, 0, 0};
+  Partial<S> sum = empty_partial<S>();
+  if (mine) {
+    c = columns_of(in, r);
+    sum = sum_part<T>(in, c, row_of<T>(in, r), share_of(c.n, warp % warps_per_row, warps_per_row),
+                      lane, kWarp, nullptr);
+  }
+  sum = merge_warp(sum, rate);
+  if (warps_per_row > 1) {
+    GENREC_SHARED(Partial<S>, parts, kWarps);
+    if (lane == 0) parts[warp] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) sum = merge_parts(parts, kWarps, rate);
+  }
+  if (lane != 0 || warp % warps_per_row != 0 || r >= in.N * in.T) return;
+  out.set(r, mine ? state_of<T>(in, c, r, sum) : RowState<S>{});
+}
+
+// The sums of parts of rows, a block a part.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_parts(Scores in, acc_t<T>* workspace, int parts) {
+  using S = acc_t<T>;
+  const int64_t r = blockIdx.x / parts;
+  const int part = blockIdx.x % parts, warp = threadIdx.x / kWarp;
+  if (!counts(in.mask, r)) return;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const RowColumns c = columns_of(in, r);
+  const Partial<S> mine =
+      merge_warp(sum_part<T>(in, c, row_of<T>(in, r), share_of(c.n, part, parts),
+                             static_cast<int>(threadIdx.x), kThreads, nullptr),
+                 rate);
+  GENREC_SHARED(Partial<S>, warps, kThreads / kWarp);
+  if (threadIdx.x % kWarp == 0) warps[warp] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) parts_of(workspace, r)[part] = merge_parts(warps, kThreads / kWarp, rate);
+}
+
+template <class T>
+__global__ void finish_rows(Scores in, acc_t<T>* workspace, int parts, RowArrays<acc_t<T>> out) {
+  using S = acc_t<T>;
+  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (r >= in.N * in.T) return;
+  if (!counts(in.mask, r)) return out.set(r, RowState<S>{});
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  out.set(r,
+          state_of<T>(in, columns_of(in, r), r, merge_parts(parts_of(workspace, r), parts, rate)));
+}
+
+// ---- the gradient of a row ----
+
+// Where a row's logits are: x[i] is column c.first + i, or for a list entry i
+// where they were `gathered`, else column i itself.
+template <class T>
+struct RowSource {
+  const T* x;
+  bool gathered;
+};
+
+// Where the list holds its first column that is not before v.
+__device__ __forceinline__ int64_t lower_bound(const RowColumns& c, int64_t v) {
+  int64_t low = 0, high = c.n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (c.list[middle] < v)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Writes columns s of a row's gradient; token is -1 where it moves nothing.  A
+// thread reads a column before it writes it, so g may be the logits' memory.
+template <class T>
+__device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<T>& from,
+                                           const RowSlope<acc_t<T>>& slope, int64_t token,
+                                           acc_t<T> inv_temperature, T* g, Share s, int thread,
+                                           int threads) {
+  using S = acc_t<T>;
+  constexpr int kSize = Pack<T>::kSize;
+  if (slope.a == S(0) && slope.b == S(0)) {  // also where the row is not a number
+    each_pack(
+        g, s, thread, threads, [&](int64_t v) { store_pack(g + v, Pack<T>{}); },
+        [&](int64_t v) { store(g + v, S(0)); });
+    return;
+  }
+  const int64_t last = c.first + c.n;
+  const bool aligned =
+      c.list == nullptr &&
+      (reinterpret_cast<uintptr_t>(g + c.first) - reinterpret_cast<uintptr_t>(from.x)) % 16 == 0;
+  const auto value = [&](int64_t v, int64_t& next) {  // next: where the list goes on
+    if (c.list == nullptr) {
+      if (v < c.first || v >= last) return S(0);
+      const S x = load(from.x + (v - c.first));
+      return v == token ? slope.own(x, inv_temperature) : slope.other(x);
+    }
+    if (next >= c.n || c.list[next] != v) return S(0);
+    const S x = load(from.x + (from.gathered ? next : v));
+    ++next;
+    return v == token ? slope.own(x, inv_temperature) : slope.other(x);
+  };
+  each_pack(
+      g, s, thread, threads,
+      [&](int64_t v) {
+        Pack<T> out{};
+        if (aligned && v >= c.first && v + kSize <= last) {
+          const Pack<T> in = load_pack(from.x + (v - c.first));
+          const bool own = token >= v && token < v + kSize;
+          const S at_token =
+              own ? slope.own(load(from.x + (token - c.first)), inv_temperature) : S(0);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) store(&out.v[j], slope.other(load(&in.v[j])));
+          store_pack(g + v, out);
+          if (own) store(g + token, at_token);
+          return;
+        }
+        int64_t next = c.list == nullptr ? 0 : lower_bound(c, v);
+        if (c.list != nullptr || (v + kSize > c.first && v < last))
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) store(&out.v[j], value(v + j, next));
+        store_pack(g + v, out);
+      },
+      [&](int64_t v) {
+        int64_t next = c.list == nullptr ? 0 : lower_bound(c, v);
+        store(g + v, value(v, next));
+      });
+}
+
+template <class T>
+__device__ __forceinline__ RowSlope<acc_t<T>> slope_of(const Scores& in, const RowColumns& c,
+                                                       int64_t r, const Normalizer<acc_t<T>>& z,
+                                                       acc_t<T> by_logp, acc_t<T> by_entropy) {
+  using S = acc_t<T>;
+  const bool counted = counts(in.mask, r);
+  const S inv = static_cast<S>(in.inv_temperature);
+  return {z, static_cast<S>(in.inv_temperature * kLog2e),
+          counted && scored(in, c, r) ? by_logp * inv : S(0), counted ? by_entropy * inv : S(0)};
+}
+
+template <class S>
+struct RowSlopes {
+  const S *top, *log_sum, *entropy, *by_logp, *by_entropy;  // by_entropy may be null
   int64_t stride, norm_stride, slope_stride;
 };
 
-// Each thread reads a column before it writes it, so the gradient may take the
-// logits' own memory.  The token's own column is written last, by expm1.
+// A block a part of a row's V columns.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    grad_rows(Scores in, RowInputs<acc_t<T>> row, T* grad, int64_t grad_n, int64_t grad_t) {
+__global__ void __launch_bounds__(kThreads) grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad,
+                                                      int64_t grad_n, int64_t grad_t, int parts) {
   using S = acc_t<T>;
-  const int64_t r = blockIdx.x;
-  const S inv = static_cast<S>(in.inv_temperature);
+  const int64_t r = blockIdx.x / parts;
   const RowColumns c = columns_of(in, r);
-  const T* x = row_of<T>(in, r);
-  T* g = grad + (r / in.T) * grad_n + (r % in.T) * grad_t;
-  const bool counted = counts(in.mask, r), held = counted && scored(in, c, r);
-  const S a = held ? row.slope[r * row.slope_stride] * inv : S(0);
-  const S b = counted && row.entropy_slope != nullptr ? row.entropy_slope[r] * inv : S(0);
-  const S top = row.top[r * row.norm_stride], log_sum = row.log_sum[r * row.norm_stride];
-  const S entropy = row.entropy[r * row.stride];
-  const int64_t token = held ? in.tokens[r] : -1;
-  const bool still = a == S(0) && b == S(0);
-  for (int64_t v = threadIdx.x; v < in.V; v += kThreads) {
-    S out = S(0);
-    if (!still && holds(c, v)) {
-      const S logp = (load(x + v) - top) * inv - log_sum, p = exp(logp);
-      const S spread = p == S(0) || b == S(0) ? S(0) : p * (logp + entropy);
-      out = (v == token ? a * -expm1(logp) : -a * p) - b * spread;
-    }
-    store(g + v, out);
-  }
+  const Normalizer<S> z{row.top[r * row.norm_stride], row.log_sum[r * row.norm_stride],
+                        row.entropy[r * row.stride]};
+  const RowSlope<S> slope = slope_of<T>(in, c, r, z, row.by_logp[r * row.slope_stride],
+                                        row.by_entropy == nullptr ? S(0) : row.by_entropy[r]);
+  write_grad<T>(c, {row_of<T>(in, r) + c.first, false}, slope, slope.a == S(0) ? -1 : in.tokens[r],
+                static_cast<S>(in.inv_temperature),
+                grad + (r / in.T) * grad_n + (r % in.T) * grad_t,
+                share_of(in.V, blockIdx.x % parts, parts), static_cast<int>(threadIdx.x), kThreads);
 }
 
-template <class S>
-__global__ void score_sequences(SequenceArgs q, S* workspace) {
-  const int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (n >= q.N) return;
-  S* rows = workspace + n * q.T * kWorkspace;
-  S entropy = 0;
+// ---- sequences ----
+
+template <class S, class Row>
+__device__ __forceinline__ S mean_entropy(const SequenceArgs& q, int64_t n, const Row& entropy) {
+  S sum = 0;
   int64_t count = 0;
   for (int64_t t = 0; t < q.T; ++t)
-    if (counts(q.mask, n * q.T + t)) entropy += rows[t * kWorkspace + 2], ++count;
-  sequence_loss<S>(
-      q, n, count > 0 ? entropy / count : S(0), [&](int64_t t) { return rows[t * kWorkspace + 3]; },
-      [&](int64_t t, S slope) { rows[t * kWorkspace + 4] = slope; });
+    if (counts(q.mask, n * q.T + t)) sum += entropy(t), ++count;
+  return count > 0 ? sum / count : S(0);
+}
+
+// A warp a sequence: its lanes finish the rows, its first lane does the rest.
+template <class T>
+__global__ void score_sequences(Scores in, SequenceArgs q, acc_t<T>* workspace, int parts) {
+  using S = acc_t<T>;
+  const int64_t n = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+  if (n >= q.N) return;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  for (int64_t t = threadIdx.x % kWarp; t < q.T; t += kWarp) {
+    const int64_t r = n * q.T + t;
+    S* w = workspace + r * kWorkspace;
+    RowState<S> row{};
+    if (counts(in.mask, r))
+      row = state_of<T>(in, columns_of(in, r), r, merge_parts(parts_of(workspace, r), parts, rate));
+    w[0] = row.z.top, w[1] = row.z.log_sum, w[2] = row.z.entropy, w[3] = row.logp;
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarp != 0) return;
+  S* rows = workspace + n * q.T * kWorkspace;
+  const S entropy = mean_entropy<S>(q, n, [&](int64_t t) { return rows[t * kWorkspace + 2]; });
+  keep_result(q, n,
+              sequence_loss<S>(
+                  q, n, entropy, [&](int64_t t) { return rows[t * kWorkspace + 3]; },
+                  [&](int64_t t, S slope) { rows[t * kWorkspace + 4] = slope; }));
+}
+
+// How one launch takes sequences: `cluster` blocks a sequence, block b of it the
+// rows b, b + cluster, ..., `warps` warps a row.
+struct FusedPlan {
+  int cluster = 0;  // 0: the sequence does not fit
+  int rows = 0, warps = 0;
+  int64_t row_bytes = 0;
+  size_t shared = 0;
+};
+
+template <class S>
+__host__ __device__ __forceinline__ int64_t states_bytes(int64_t T) {
+  return round_up(T * static_cast<int64_t>(sizeof(RowState<S>)), 16);
+}
+
+constexpr int kFusedThreads = 512;
+
+// The whole loss in one launch.  Shared memory: the T states of the sequence, the
+// sums of this block's warps, then this block's rows.
+template <class T>
+__global__ void __launch_bounds__(kFusedThreads)
+    fused_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t,
+                    FusedPlan plan) {
+  using S = acc_t<T>;
+  GENREC_DYNAMIC_SHARED(unsigned char, memory);
+  RowState<S>* states = reinterpret_cast<RowState<S>*>(memory);
+  Partial<S>* sums = reinterpret_cast<Partial<S>*>(memory + states_bytes<S>(in.T));
+  unsigned char* kept = reinterpret_cast<unsigned char*>(sums) +
+                        round_up(plan.rows * plan.warps * static_cast<int>(sizeof(Partial<S>)), 16);
+  const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int64_t n = blockIdx.x / plan.cluster;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = warp / plan.warps, part = warp % plan.warps;
+  const int64_t t = rank + static_cast<int64_t>(local) * plan.cluster, r = n * in.T + t;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const bool mine = t < in.T, counted = mine && counts(in.mask, r);
+
+  // A kept row starts as far from a 16-byte boundary as the logits it is read from.
+  RowColumns c{nullptr, 0, 0};
+  const T* x = nullptr;
+  T* keep = nullptr;
+  Partial<S> sum = empty_partial<S>();
+  if (counted) {
+    c = columns_of(in, r);
+    x = row_of<T>(in, r);
+    keep = reinterpret_cast<T*>(kept + local * plan.row_bytes);
+    if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + c.first) % 16 / sizeof(T);
+    sum = sum_part<T>(in, c, x, share_of(c.n, part, plan.warps), lane, kWarp,
+                      grad == nullptr ? nullptr : keep);
+  }
+  sum = merge_warp(sum, rate);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  if (mine && part == 0 && lane == 0)
+    states[t] =
+        counted ? state_of<T>(in, c, r, merge_parts(sums + warp, plan.warps, rate)) : RowState<S>{};
+  if (plan.cluster > 1) {
+    cluster_sync();
+    for (int64_t other = threadIdx.x; other < in.T; other += blockDim.x)
+      if (other % plan.cluster != rank)
+        states[other] = cluster_peer(states, static_cast<unsigned>(other % plan.cluster))[other];
+    cluster_sync();  // nobody leaves while its states are read
+  } else {
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    const S entropy = mean_entropy<S>(q, n, [&](int64_t i) { return states[i].z.entropy; });
+    const SequenceResult<S> result = sequence_loss<S>(
+        q, n, entropy, [&](int64_t i) { return states[i].logp; },
+        [&](int64_t i, S slope) { states[i].slope = slope; });
+    if (rank == 0) keep_result(q, n, result);
+  }
+  __syncthreads();
+  if (grad == nullptr || !mine) return;
+  const RowSlope<S> slope = slope_of<T>(in, c, r, states[t].z, states[t].slope, S(0));
+  write_grad<T>(c, {keep, true}, slope, slope.a == S(0) ? -1 : in.tokens[r],
+                static_cast<S>(in.inv_temperature), grad + n * grad_n + t * grad_t,
+                share_of(in.V, part, plan.warps), lane, kWarp);
 }
 
 template <class S>
 __global__ void score_logps(SequenceArgs q, const S* logps, S* grad) {
   const int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (n >= q.N) return;
-  sequence_loss<S>(
-      q, n, S(0), [&](int64_t t) { return logps[n * q.T + t]; },
-      [&](int64_t t, S slope) { grad[n * q.T + t] = slope; });
+  keep_result(q, n,
+              sequence_loss<S>(
+                  q, n, S(0), [&](int64_t t) { return logps[n * q.T + t]; },
+                  [&](int64_t t, S slope) { grad[n * q.T + t] = slope; }));
 }
 
+// Rows of `inner` elements, each times its factor; a block a part of a row.
 template <class T>
-__global__ void scale_rows(ScaleArgs a) {
+__global__ void __launch_bounds__(kThreads) scale_rows(ScaleArgs a, int parts) {
   using S = acc_t<T>;
-  const int64_t total = a.N * a.inner, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total;
-       i += step)
-    store(static_cast<T*>(a.out) + i,
-          load(static_cast<const T*>(a.grad) + i) *
-              static_cast<const S*>(a.factor)[a.shared ? 0 : i / a.inner]);
+  const int64_t n = blockIdx.x / parts;
+  const T* x = static_cast<const T*>(a.grad) + n * a.inner;
+  T* y = static_cast<T*>(a.out) + n * a.inner;
+  const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(y)) % 16 == 0;
+  const auto one = [&](int64_t i) { store(y + i, load(x + i) * factor); };
+  each_pack(
+      x, share_of(a.inner, blockIdx.x % parts, parts), static_cast<int>(threadIdx.x), kThreads,
+      [&](int64_t i) {
+        if (!aligned) {
+          for (int j = 0; j < Pack<T>::kSize; ++j) one(i + j);
+          return;
+        }
+        Pack<T> pack = load_pack(x + i);
+#pragma unroll
+        for (int j = 0; j < Pack<T>::kSize; ++j) store(&pack.v[j], load(&pack.v[j]) * factor);
+        store_pack(y + i, pack);
+      },
+      one);
 }
 
-// One block; each thread adds a contiguous part, thread 0 adds the parts in order.
+// The sum of value(0) .. value(n - 1) in one block: each thread adds a strided
+// part, then a fixed tree.  Every thread gets it; `parts` holds kThreads doubles.
+template <class Value>
+__device__ __forceinline__ double sum_block(int64_t n, double* parts, const Value& value) {
+  double mine = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) mine += value(i);
+  __syncthreads();  // whoever still reads the last sum
+  parts[threadIdx.x] = mine;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < width) parts[threadIdx.x] += parts[threadIdx.x + width];
+  }
+  __syncthreads();
+  return parts[0];
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads) add_up(SumArgs a) {
   GENREC_SHARED(double, parts, kThreads);
-  const int64_t share = (a.N + kThreads - 1) / kThreads, first = threadIdx.x * share;
-  double total = 0;
-  for (int64_t n = first; n < a.N && n < first + share; ++n)
-    total += static_cast<const S*>(a.values)[n];
-  parts[threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int i = 1; i < kThreads; ++i) total += parts[i];
-  *static_cast<S*>(a.total) = static_cast<S>(total);
+  const double total = sum_block(a.N, parts, [&](int64_t n) {
+    return static_cast<double>(static_cast<const S*>(a.values)[n]);
+  });
+  if (threadIdx.x == 0) *static_cast<S*>(a.total) = static_cast<S>(total);
 }
 
-// One block.  Threads take groups in turn, then the batch's statistics are made
-// by thread 0 in order: rewards are few, and the order fixes the bits.
+// One block: rewards are few.  Threads take groups in turn, then share the
+// batch's two passes.
 template <class S>
 __global__ void __launch_bounds__(kThreads) advantages(AdvantagesArgs a) {
+  GENREC_SHARED(double, parts, kThreads);
   const S* rewards = static_cast<const S*>(a.rewards);
   const S* weights = static_cast<const S*>(a.weights);
   S* out = static_cast<S*>(a.advantages);
@@ -186,13 +507,22 @@ __global__ void __launch_bounds__(kThreads) advantages(AdvantagesArgs a) {
   for (int64_t b = threadIdx.x; b < a.B; b += kThreads)
     group_advantages(a, b, rewards, weights, out);
   __syncthreads();
-  GENREC_SHARED(Spread, batch, 1);
-  if (threadIdx.x == 0)
-    batch[0] = spread(N, a.unbiased, [&](int64_t n) { return static_cast<double>(out[n]); });
+  // As `spread` has it: NaN is left out, and an empty batch has neither.
+  const auto is_number = [&](int64_t n) { return out[n] == out[n]; };
+  const double count = sum_block(N, parts, [&](int64_t n) { return is_number(n) ? 1.0 : 0.0; });
+  const double sum =
+      sum_block(N, parts, [&](int64_t n) { return is_number(n) ? double(out[n]) : 0.0; });
+  const double mean = count > 0 ? sum / count : 0;
+  const double squares = sum_block(
+      N, parts, [&](int64_t n) { return is_number(n) ? (out[n] - mean) * (out[n] - mean) : 0.0; });
+  const double divisor = a.unbiased ? count - 1 : count;
+  const Spread batch{mean, divisor > 0 ? sqrt(squares / divisor) : 0};
   __syncthreads();
   for (int64_t n = threadIdx.x; n < N; n += kThreads)
-    out[n] = batch_advantage(a, n, rewards, out[n], batch[0]);
+    out[n] = batch_advantage(a, n, rewards, out[n], batch);
 }
+
+// ---- launches ----
 
 Launch on(int64_t blocks, int threads, void* stream) {
   Launch how{blocks, threads};
@@ -200,7 +530,12 @@ Launch on(int64_t blocks, int threads, void* stream) {
   return how;
 }
 
-int64_t blocks_for(int64_t n, int threads) { return (n + threads - 1) / threads; }
+int64_t blocks_for(int64_t n, int64_t each) { return (n + each - 1) / each; }
+
+template <class I>
+I bounded_host(I x, int64_t low, int64_t high) {
+  return static_cast<I>(x < low ? low : x > high ? high : x);
+}
 
 template <class F>
 int by_dtype(DType type, const F& f) {
@@ -218,14 +553,43 @@ int by_accumulator(DType type, const F& f) {
   return type == DType::f64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
 }
 
+// Into how many parts rows are cut so that the device is full, or 1 where they
+// are many or short.
+int parts_of_rows(const Scores& in) {
+  constexpr int64_t kShortest = 8192, kBlocksAProcessor = 8;
+  const int64_t rows = in.N * in.T;
+  const int64_t wanted = blocks_for(kBlocksAProcessor * device_limits().multiprocessors, rows);
+  return static_cast<int>(bounded_host(wanted, 1, bounded_host(in.V / kShortest, 1, kMaxParts)));
+}
+
+// Into how many parts a row's gradient is cut: some columns a thread.
+int parts_of_grad(int64_t columns) {
+  constexpr int64_t kColumns = kThreads * 16;
+  return static_cast<int>(bounded_host(blocks_for(columns, kColumns), 1, 1 << 16));
+}
+
 int token_logps(const TokenLogpsArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     S* norm = static_cast<S*>(a.norm);
-    const RowOutputs<S> out{norm, norm + 1, static_cast<S*>(a.entropy), static_cast<S*>(a.logps),
-                            1,    2};
-    return launch(normalize_rows<T>, on(a.in.N * a.in.T, kThreads, stream), a.in, out);
+    S* workspace = static_cast<S*>(a.workspace);
+    const int64_t rows = a.in.N * a.in.T;
+    if (rows == 0) return static_cast<int>(cudaSuccess);
+    const RowArrays<S> out{norm, norm + 1, static_cast<S*>(a.entropy), static_cast<S*>(a.logps),
+                           1,    2};
+    const int parts = parts_of_rows(a.in);
+    if (parts == 1) {
+      const int warps_per_row = a.in.V <= kWarpRow ? 1 : kThreads / kWarp;
+      return launch(normalize_rows<T>,
+                    on(blocks_for(rows, kThreads / kWarp / warps_per_row), kThreads, stream), a.in,
+                    out, warps_per_row);
+    }
+    const int code =
+        launch(sum_parts<T>, on(rows * parts, kThreads, stream), a.in, workspace, parts);
+    if (code != cudaSuccess) return code;
+    return launch(finish_rows<T>, on(blocks_for(rows, kThreads), kThreads, stream), a.in, workspace,
+                  parts, out);
   });
 }
 
@@ -234,7 +598,7 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     const S* norm = static_cast<const S*>(a.norm);
-    const RowInputs<S> row{norm,
+    const RowSlopes<S> row{norm,
                            norm + 1,
                            static_cast<const S*>(a.entropy),
                            static_cast<const S*>(a.grad_logps),
@@ -242,9 +606,41 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
                            1,
                            2,
                            1};
-    return launch(grad_rows<T>, on(a.in.N * a.in.T, kThreads, stream), a.in, row,
-                  static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V);
+    const int parts = parts_of_grad(a.in.V);
+    return launch(grad_rows<T>, on(a.in.N * a.in.T * parts, kThreads, stream), a.in, row,
+                  static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V, parts);
   });
+}
+
+// The smallest cluster whose blocks leave room for others on their processor; else
+// the largest that fits at all.
+template <class T>
+FusedPlan plan_fused(const Scores& in) {
+  using S = acc_t<T>;
+  constexpr int kLargestCluster = 8;  // what every device with clusters grants
+  const DeviceLimits limits = device_limits();
+  const int most = limits.capability < 90 ? 1 : kLargestCluster;
+  FusedPlan best;
+  for (int cluster = 1; cluster <= most; cluster *= 2) {
+    if (cluster > 1 && cluster / 2 >= in.T) break;  // blocks without a row
+    FusedPlan plan;
+    plan.cluster = cluster;
+    const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
+    if (rows > kFusedThreads / kWarp) continue;
+    plan.rows = static_cast<int>(rows);
+    plan.warps = bounded_host(kThreads / kWarp / plan.rows, 1, kThreads / kWarp);
+    // 16 more bytes, since a kept row starts where its logits do.
+    plan.row_bytes = round_up(in.V * static_cast<int64_t>(sizeof(T)), 16) + 16;
+    const int64_t shared =
+        states_bytes<S>(in.T) +
+        round_up(plan.rows * plan.warps * static_cast<int64_t>(sizeof(Partial<S>)), 16) +
+        plan.rows * plan.row_bytes;
+    if (shared > limits.shared_per_block) continue;
+    plan.shared = static_cast<size_t>(shared);
+    best = plan;
+    if (plan.shared <= kPlainShared) break;
+  }
+  return best;
 }
 
 int sage_loss(const SageLossArgs& a, void* stream) {
@@ -252,15 +648,26 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     S* w = static_cast<S*>(a.workspace);
+    T* grad = static_cast<T*>(a.grad_logits);
+    const FusedPlan plan = plan_fused<T>(a.in);
+    if (plan.cluster > 0) {
+      Launch how = on(a.in.N * plan.cluster, plan.rows * plan.warps * kWarp, stream);
+      how.shared = plan.shared;
+      how.cluster = plan.cluster;
+      return launch(fused_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
+                    a.grad_stride_t, plan);
+    }
     const int64_t rows = a.in.N * a.in.T;
-    const RowOutputs<S> out{w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace};
-    int code = launch(normalize_rows<T>, on(rows, kThreads, stream), a.in, out);
+    const int parts = rows == 0 ? 1 : parts_of_rows(a.in);
+    int code = launch(sum_parts<T>, on(rows * parts, kThreads, stream), a.in, w, parts);
     if (code != cudaSuccess) return code;
-    code = launch(score_sequences<S>, on(blocks_for(a.in.N, 64), 64, stream), a.sequence, w);
-    if (code != cudaSuccess || a.grad_logits == nullptr) return code;
-    const RowInputs<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
-    return launch(grad_rows<T>, on(rows, kThreads, stream), a.in, row,
-                  static_cast<T*>(a.grad_logits), a.grad_stride_n, a.grad_stride_t);
+    code = launch(score_sequences<T>, on(blocks_for(a.in.N * kWarp, kThreads), kThreads, stream),
+                  a.in, a.sequence, w, parts);
+    if (code != cudaSuccess || grad == nullptr) return code;
+    const RowSlopes<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
+    const int grad_parts = parts_of_grad(a.in.V);
+    return launch(grad_rows<T>, on(rows * grad_parts, kThreads, stream), a.in, row, grad,
+                  a.grad_stride_n, a.grad_stride_t, grad_parts);
   });
 }
 
@@ -273,10 +680,10 @@ int sage_loss_from_logps(const SageFromLogpsArgs& a, void* stream) {
 }
 
 int scale(const ScaleArgs& a, void* stream) {
-  const int64_t blocks = blocks_for(a.N * a.inner, kThreads);
   return by_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    return launch(scale_rows<T>, on(blocks > 65536 ? 65536 : blocks, kThreads, stream), a);
+    const int parts = parts_of_grad(a.inner);
+    return launch(scale_rows<T>, on(a.N * parts, kThreads, stream), a, parts);
   });
 }
 

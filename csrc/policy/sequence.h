@@ -26,12 +26,25 @@ GENREC_HD bool lists(const int32_t* columns, int64_t n, int64_t column) {
   return low < n && columns[low] == column;
 }
 
+// A sequence's loss, already scaled, and what users watch of it.
+template <class S>
+struct SequenceResult {
+  S loss;
+  S stats[kStats];
+};
+
+template <class S>
+GENREC_HD void keep_result(const SequenceArgs& a, int64_t n, const SequenceResult<S>& result) {
+  static_cast<S*>(a.losses)[n] = result.loss;
+  for (int i = 0; i < kStats; ++i) static_cast<S*>(a.stats)[n * kStats + i] = result.stats[i];
+}
+
 // The sequence part of every objective: from a sequence's log-probabilities
 // (any callable of t) to its loss, its statistics and, through `slope`, the
 // derivative of the scaled loss by each log-probability.
 template <class S, class Logp, class Slope>
-GENREC_HD void sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy, const Logp& logp,
-                             const Slope& slope) {
+GENREC_HD SequenceResult<S> sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy,
+                                          const Logp& logp, const Slope& slope) {
   const S* old = static_cast<const S*>(a.old_logps) + n * a.T;
   const S* ref = a.ref_logps ? static_cast<const S*>(a.ref_logps) + n * a.T : nullptr;
   const ObjectiveConfig& k = a.objective;
@@ -78,14 +91,9 @@ GENREC_HD void sequence_loss(const SequenceArgs& a, int64_t n, S mean_entropy, c
     capped = whole.coefficient < whole.ratio;
   }
   if (k.divergence != Divergence::none) value += k.kl_weight * kl;
-  static_cast<S*>(a.losses)[n] = static_cast<S>(value * a.scale);
-  S* stats = static_cast<S*>(a.stats) + n * kStats;
-  stats[0] = importance_ratio<S>(l, o);
-  stats[1] = static_cast<S>(coefficient);
-  stats[2] = static_cast<S>(capped);
-  stats[3] = mean_entropy;
-  stats[4] = exp(l);
-  stats[5] = static_cast<S>(kl);
+  return {static_cast<S>(value * a.scale),
+          {importance_ratio<S>(l, o), static_cast<S>(coefficient), static_cast<S>(capped),
+           mean_entropy, exp(l), static_cast<S>(kl)}};
 }
 
 }  // namespace genrec::policy

@@ -159,6 +159,13 @@ Rows make_rows(Random& random, DType dtype, bool special) {
   s.V = widths[random.below(random.one_in(4) ? 15 : 9)];
   s.N = s.V > 1000 ? 1 + random.below(2) : random.below(5);
   s.T = s.V > 1000 ? 1 + random.below(2) : random.one_in(12) ? 0 : 1 + random.below(5);
+  // Where kernels may take another way: long rows, long sequences, both.
+  const int64_t large[][3] = {{1, 5, 4099},  {2, 3, 2049}, {1, 2, 30011}, {1, 20, 300},
+                              {1, 11, 1030}, {2, 17, 33},  {1, 140, 9}};
+  if (random.one_in(10)) {
+    const auto& shape = large[random.below(7)];
+    s.N = shape[0], s.T = shape[1], s.V = shape[2];
+  }
   const int64_t gap = random.one_in(2) ? 0 : random.below(9);
   rows.offset = random.one_in(2) ? 0 : random.below(9);
   s.stride_t = s.V + gap;
@@ -351,9 +358,10 @@ void check_token_logps(Random& random, DType dtype) {
   const int64_t R = rows.rows(), V = rows.in.V;
   const DType S = accumulator_of(dtype);
   const Buffer before = rows.logits;
-  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R);
-  expect_success("token_logps", cuda_kernels.token_logps(
-                                    {rows.in, logps.data(), entropy.data(), norm.data()}, nullptr));
+  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R), workspace(S, R * kWorkspace);
+  expect_success("token_logps", cuda_kernels.token_logps({rows.in, logps.data(), entropy.data(),
+                                                          norm.data(), workspace.data()},
+                                                         nullptr));
   Buffer by_logps(S, R), by_entropy(S, R), grad(dtype, R * V);
   const bool still = random.one_in(8);
   for (int64_t r = 0; r < R; ++r) {

@@ -31,9 +31,9 @@ Normalizer<float> normalize_children(const BeamStepArgs& a, const T* x, int64_t 
   for (int64_t child = begin; child < end; ++child) {
     if (!allowed(a, user, child)) continue;
     block[n++] = to_float(x[a.labels[child]]);
-    if (n == kBlock) add_block(run, block, n, a.inv_temperature), n = 0;
+    if (n == kBlock) add_block<false>(run, block, n, a.inv_temperature, nullptr), n = 0;
   }
-  if (n > 0) add_block(run, block, n, a.inv_temperature);
+  if (n > 0) add_block<false>(run, block, n, a.inv_temperature, nullptr);
   return finish(run);
 }
 

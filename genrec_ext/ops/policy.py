@@ -370,7 +370,9 @@ def sage_loss(
             their size is made.  Only for logits that nothing else needs, with rows of their own
             memory (float16 rounds before a loss scale reaches it: use bfloat16); what had saved
             them for a backward (a tanh before, another loss beside) raises.
-            A leaf is overwritten too, and its ``.grad`` is then its own memory.
+            A leaf is overwritten too, and its ``.grad`` is then its own memory.  With a support,
+            large CPU logits are left alone: a gradient that is almost all zero has memory only
+            where it is not.
 
     Returns:
         The loss, a scalar (``[N]`` for ``reduction="none"``) in float32 (float64 for float64
@@ -525,7 +527,8 @@ def _sage_loss_inplace(
     advantages: Tensor,
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    if not (torch.is_grad_enabled() and logits.requires_grad):  # no gradient: nothing to overwrite
+    no_grad = not (torch.is_grad_enabled() and logits.requires_grad)
+    if no_grad or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
     dtype = _accumulate_dtype(logits)
     return _InplaceGrad.apply(
@@ -535,6 +538,16 @@ def _sage_loss_inplace(
         _as(advantages, dtype),
         _kernel_arguments(logits, arguments),
     )
+
+
+def _is_sparse(logits: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether a gradient of its own costs less memory than zeros written over the logits cost time.
+
+    On the CPU the gradient under a support has pages only where a supported column lies
+    (csrc/common/pages.h).
+    """
+    supported = arguments["ranges"] is not None or arguments["columns"] is not None
+    return supported and logits.device.type == "cpu" and logits.nbytes >= 1 << 20
 
 
 def _is_one(grad_output: Tensor) -> bool:

@@ -1,0 +1,20 @@
+// How a large new buffer gets its pages: the cost that remains once a kernel
+// moves every byte once.
+#pragma once
+
+#include <cstdint>
+
+namespace genrec {
+
+// Asks for huge pages under a buffer that is about to be written from end to
+// end.  Fresh memory arrives page by page as it is touched, and of a gradient's
+// time the faults of 4 KiB pages were more than half.  A hint: systems without
+// huge pages ignore it.
+void advise_huge_pages(void* data, int64_t bytes);
+
+// Zeroed memory whose pages arrive as they are touched, for a buffer of which
+// most stays zero; null where there is none.
+void* map_blank(int64_t bytes);
+void unmap_blank(void* data, int64_t bytes);
+
+}  // namespace genrec
