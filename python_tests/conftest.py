@@ -1,5 +1,6 @@
 """What every test module shares: deterministic hypothesis, one seed, where the real data lies."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -8,11 +9,84 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see _genrec
 import hypothesis
 import pytest
 import torch
+from torch.utils._pytree import tree_map
+
+import genrec_ext
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where the operators' tests run them; references stay on the CPU, in float64",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "checks_indices: needs a build whose host looks at indices before a kernel runs"
+    )
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but this torch sees no GPU")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def indices_checked(device):
+    """Whether the host looks at indices before a kernel runs: on the CPU, and not where the CUDA
+    library's host code stands in for the CPU's, over simulated kernels."""
+    return device == "cpu" and not os.environ.get("GENREC_SIMULATED")
+
+
+@pytest.fixture(autouse=True)
+def _skip_unchecked(request, indices_checked):
+    if request.node.get_closest_marker("checks_indices") and not indices_checked:
+        pytest.skip("indices are not checked on the host: kernels treat wrong ones as outside")
+
+
+class OnDevice:
+    """genrec_ext with the tensors, tries and models of a call moved to a device, results back."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def there(self, x):
+        if isinstance(x, (torch.Tensor, genrec_ext.Trie)):
+            return x.to(self.device)
+        if callable(x):  # a model of the test, which lives on the CPU
+            return lambda *arguments: self.there(x(*tree_map(self.back, arguments)))
+        return x
+
+    def back(self, x):
+        if dataclasses.is_dataclass(x):
+            fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+            return dataclasses.replace(x, **tree_map(self.back, fields))
+        return x.cpu() if isinstance(x, torch.Tensor) else x
+
+    def __getattr__(self, name):
+        function = getattr(genrec_ext, name)
+
+        def call(*arguments, **settings):
+            arguments, settings = tree_map(self.there, (arguments, settings))
+            return tree_map(self.back, function(*arguments, **settings))
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def ours(device):
+    """genrec_ext's operators, run on the tested device; on the CPU the module itself."""
+    return genrec_ext if device == "cpu" else OnDevice(device)
 
 
 @pytest.fixture(autouse=True)

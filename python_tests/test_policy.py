@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 
 import genrec_ext
 from genrec_ext import SageConfig, Trie, reference
@@ -34,6 +35,17 @@ def batch(N=6, T=4, V=1030, dtype=torch.float32, spread=3.0, seed=0):
     return logits, tokens, old.float(), torch.randn(N, generator=g)
 
 
+def there(device, values):
+    """Nested tensors on a device, leaves of autograd still leaves; on the CPU the same ones."""
+    if device == "cpu":
+        return values
+
+    def move(x):
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+
+    return tree_map_only(torch.Tensor, move, values)
+
+
 def loss_and_grad(function, logits, *arguments, **settings):
     logits = logits.detach().clone().requires_grad_()
     loss = function(logits, *arguments, **settings)
@@ -43,14 +55,14 @@ def loss_and_grad(function, logits, *arguments, **settings):
     return loss.detach(), grad
 
 
-def assert_matches(logits, *arguments, **settings):
+def assert_matches(ours, logits, *arguments, **settings):
     """Ours in the logits' dtype against the reference in float64 on the same values."""
     wide = [a.double() if a.is_floating_point() else a for a in arguments]
     wider = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in settings.items()
     }
-    loss, grad = loss_and_grad(genrec_ext.sage_loss, logits, *arguments, **settings)
+    loss, grad = loss_and_grad(ours.sage_loss, logits, *arguments, **settings)
     want, want_grad = loss_and_grad(reference.sage_loss, logits.double(), *wide, **wider)
     assert want_grad.abs().max() > 1e-6, "the reference gradient is about zero: nothing is tested"
     bound = 1e-11 if logits.dtype == torch.float64 else 2e-5
@@ -65,27 +77,27 @@ def assert_matches(logits, *arguments, **settings):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", (2, 3, 15, 16, 17, 255, 1023, 1024, 1025, 5000))
-def test_token_logps_equals_float64_definition(dtype, V):
+def test_token_logps_equals_float64_definition(ours, dtype, V):
     logits, tokens, _, _ = batch(3, 2, V, dtype)
-    got = genrec_ext.token_logps(logits, tokens)
+    got = ours.token_logps(logits, tokens)
     want = reference.token_logps(logits.double(), tokens)
-    for ours, theirs in zip(got, want):
+    for have, expected in zip(got, want):
         bound = 1e-12 if dtype == torch.float64 else 4e-6
-        assert (ours - theirs).abs().max() <= bound * (1 + theirs.abs().max())
+        assert (have - expected).abs().max() <= bound * (1 + expected.abs().max())
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_token_logps_large_vocabulary():
+def test_token_logps_large_vocabulary(ours):
     logits, tokens, _, _ = batch(1, 2, 262_144)
-    got = genrec_ext.token_logps(logits, tokens)
+    got = ours.token_logps(logits, tokens)
     want = reference.token_logps(logits.double(), tokens)
     assert all((a - b).abs().max() < 5e-6 * (1 + b.abs().max()) for a, b in zip(got, want))
 
 
-def test_token_logps_keeps_its_digits_on_large_logits():
+def test_token_logps_keeps_its_digits_on_large_logits(ours):
     logits = torch.randn(4, 2, 300) + 30_000
     tokens = torch.randint(0, 300, (4, 2))
-    got, _ = genrec_ext.token_logps(logits, tokens)
+    got, _ = ours.token_logps(logits, tokens)
     want, _ = reference.token_logps(logits.double(), tokens)
     assert (got - want).abs().max() < 1e-5
 
@@ -93,7 +105,7 @@ def test_token_logps_keeps_its_digits_on_large_logits():
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("support", ("all", "ranges", "trie", "columns"))
 @pytest.mark.parametrize("temperature", (1.0, 0.3))
-def test_token_logps_gradcheck_with_every_support(masked, support, temperature):
+def test_token_logps_gradcheck_with_every_support(ours, masked, support, temperature):
     trie = Trie.from_items([[0, 1], [0, 3], [2, 2]], level_offsets=[0, 4])
     logits = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
     tokens = torch.tensor([[0, 5], [0, 7], [2, 6]])
@@ -107,16 +119,16 @@ def test_token_logps_gradcheck_with_every_support(masked, support, temperature):
         settings |= {"trie": trie, "nodes": nodes}
     if support == "columns":
         settings["columns"] = trie.support(nodes)
-    got = genrec_ext.token_logps(logits, tokens, **settings)
+    got = ours.token_logps(logits, tokens, **settings)
     want = reference.token_logps(logits, tokens, **settings)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(got, want))
-    assert gradcheck(lambda x: genrec_ext.token_logps(x, tokens, **settings), logits)
+    assert gradcheck(lambda x: ours.token_logps(x, tokens, **settings), logits)
 
 
-def test_gradient_is_exactly_zero_outside_the_support():
+def test_gradient_is_exactly_zero_outside_the_support(ours):
     logits = torch.randn(5, 2, 40, requires_grad=True)
     tokens = torch.stack([torch.randint(3, 11, (5,)), torch.randint(20, 31, (5,))], 1)
-    logps, entropy = genrec_ext.token_logps(logits, tokens, ranges=[[3, 11], [20, 31]])
+    logps, entropy = ours.token_logps(logits, tokens, ranges=[[3, 11], [20, 31]])
     (grad,) = torch.autograd.grad(logps.sum() + entropy.sum(), logits)
     inside = torch.zeros(2, 40, dtype=torch.bool)
     inside[0, 3:11] = inside[1, 20:31] = True
@@ -124,45 +136,57 @@ def test_gradient_is_exactly_zero_outside_the_support():
     assert (grad[:, inside] != 0).any()
 
 
-def test_token_outside_its_support_is_finite_and_moves_nothing():
+def test_token_outside_its_support_is_finite_and_moves_nothing(ours):
     logits = torch.randn(1, 1, 8, requires_grad=True)
     tokens = torch.tensor([[7]])
-    logps, entropy = genrec_ext.token_logps(logits, tokens, ranges=[[0, 4]])
+    logps, entropy = ours.token_logps(logits, tokens, ranges=[[0, 4]])
     assert logps.item() == -100 and entropy.item() > 0
     (grad,) = torch.autograd.grad(logps.sum(), logits)
     assert (grad == 0).all()
-    with pytest.raises(ValueError, match=r"tokens\[0, 0\] = 7 is outside its support"):
-        genrec_ext.token_logps(logits, tokens, ranges=[[0, 4]], validate=True)
-    empty, nothing = genrec_ext.token_logps(logits, tokens, ranges=[[2, 2]])
+    empty, nothing = ours.token_logps(logits, tokens, ranges=[[2, 2]])
     assert empty.item() == -100 and nothing.item() == 0
 
 
+@pytest.mark.checks_indices
+def test_validate_refuses_a_token_outside_its_support(ours):
+    logits, tokens = torch.randn(1, 1, 8), torch.tensor([[7]])
+    with pytest.raises(ValueError, match=r"tokens\[0, 0\] = 7 is outside its support"):
+        ours.token_logps(logits, tokens, ranges=[[0, 4]], validate=True)
+
+
+def test_validate_is_refused_where_the_host_cannot_look(ours, indices_checked):
+    if indices_checked:
+        pytest.skip("indices are checked on the host")
+    with pytest.raises(ValueError, match="validate=True looks at the tokens on the host"):
+        ours.token_logps(torch.randn(1, 1, 8), torch.tensor([[7]]), validate=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_token_logps_special_values(dtype):
+def test_token_logps_special_values(ours, dtype):
     inf, nan = math.inf, math.nan
     rows = torch.tensor(
         [[0, -inf, 1, 2], [-inf] * 4, [0, nan, 1, 2], [0, inf, 1, 2], [-inf, 3, -inf, -inf]],
         dtype=dtype,
     ).unsqueeze(1)
     tokens = torch.tensor([[1], [0], [0], [0], [1]])
-    logps, entropy = genrec_ext.token_logps(rows, tokens)
+    logps, entropy = ours.token_logps(rows, tokens)
     want = torch.log_softmax(rows.double(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     assert logps.double().equal(want) or torch.allclose(logps.double(), want, equal_nan=True)
     assert logps[0] == -inf and logps[1:4].isnan().all() and logps[4] == 0
     assert entropy[0].isfinite() and entropy[1:4].isnan().all() and entropy[4] == 0
 
 
-def test_a_long_row_of_minus_infinity_before_one_finite_logit():
+def test_a_long_row_of_minus_infinity_before_one_finite_logit(ours):
     logits = torch.full((1, 1, 5000), -math.inf)
     logits[0, 0, 4999] = 2.0
-    logps, entropy = genrec_ext.token_logps(logits, torch.tensor([[4999]]))
+    logps, entropy = ours.token_logps(logits, torch.tensor([[4999]]))
     assert logps.item() == 0 and entropy.item() == 0
     logits[0, 0, 10] = math.nan
-    assert genrec_ext.token_logps(logits, torch.tensor([[4999]]))[0].isnan().all()
+    assert ours.token_logps(logits, torch.tensor([[4999]]))[0].isnan().all()
 
 
-def test_unaligned_strided_and_expanded_rows():
-    base = torch.randn(4, 3, 77)
+def test_unaligned_strided_and_expanded_rows(ours, device):
+    base = torch.randn(4, 3, 77).to(device)
     tokens = torch.randint(0, 70, (4, 3))
     views = (
         base[:, :, 3:73],
@@ -171,30 +195,30 @@ def test_unaligned_strided_and_expanded_rows():
         base[:1, :, :70].expand(4, 3, 70),
     )
     for view in views:
-        got, _ = genrec_ext.token_logps(view, tokens)
-        want, _ = reference.token_logps(view.double(), tokens)
+        got, _ = ours.token_logps(view, tokens)
+        want, _ = reference.token_logps(view.cpu().double(), tokens)
         assert (got - want).abs().max() < 5e-6
 
 
-def test_empty_batches():
+def test_empty_batches(ours):
     for N, T in ((0, 4), (3, 0), (0, 0)):
         logits = torch.randn(N, T, 5, requires_grad=True)
         tokens = torch.zeros(N, T, dtype=torch.int64)
-        logps, entropy = genrec_ext.token_logps(logits, tokens)
+        logps, entropy = ours.token_logps(logits, tokens)
         assert logps.shape == entropy.shape == (N, T)
-        loss = genrec_ext.sage_loss(logits, tokens, torch.zeros(N, T), torch.zeros(N))
+        loss = ours.sage_loss(logits, tokens, torch.zeros(N, T), torch.zeros(N))
         loss.backward()
         assert loss.item() == 0 and logits.grad.shape == logits.shape
 
 
-def test_same_bits_twice_and_on_any_number_of_threads():
+def test_same_bits_twice_and_on_any_number_of_threads(ours):
     logits, tokens, old, advantages = batch(300, 4, 1500)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (threads, threads, 1):
             torch.set_num_threads(count)
-            results.append(loss_and_grad(genrec_ext.sage_loss, logits, tokens, old, advantages))
+            results.append(loss_and_grad(ours.sage_loss, logits, tokens, old, advantages))
     finally:
         torch.set_num_threads(threads)
     for loss, grad in results[1:]:
@@ -206,9 +230,9 @@ def test_same_bits_twice_and_on_any_number_of_threads():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sage_loss_equals_float64_definition(objective, dtype):
+def test_sage_loss_equals_float64_definition(ours, objective, dtype):
     logits, tokens, old, advantages = batch(dtype=dtype)
-    assert_matches(logits, tokens, old, advantages, config=SageConfig(objective=objective))
+    assert_matches(ours, logits, tokens, old, advantages, config=SageConfig(objective=objective))
 
 
 EVERY_TERM = list(itertools.product((False, True), repeat=4))
@@ -216,7 +240,9 @@ EVERY_TERM = list(itertools.product((False, True), repeat=4))
 
 @pytest.mark.parametrize("ragged, weighted, divergent, supported", EVERY_TERM)
 @pytest.mark.parametrize("objective", ("sage", "grpo"))
-def test_sage_loss_with_every_optional_term(objective, ragged, weighted, divergent, supported):
+def test_sage_loss_with_every_optional_term(
+    ours, objective, ragged, weighted, divergent, supported
+):
     logits, tokens, old, advantages = batch(V=64)
     settings = {}
     if supported:
@@ -235,7 +261,7 @@ def test_sage_loss_with_every_optional_term(objective, ragged, weighted, diverge
         config = SageConfig(
             objective=objective, kl_weight=0.3 * divergent, kl=kl, temperature=0.7, eps_pos=0.1
         )
-        assert_matches(logits, tokens, old, advantages, config=config, **settings)
+        assert_matches(ours, logits, tokens, old, advantages, config=config, **settings)
 
 
 @pytest.mark.parametrize(
@@ -253,19 +279,19 @@ def test_sage_loss_with_every_optional_term(objective, ragged, weighted, diverge
     ),
     ids=str,
 )
-def test_sage_loss_with_every_setting(change):
+def test_sage_loss_with_every_setting(ours, change):
     logits, tokens, old, advantages = batch(N=16, V=50)
     rest = {"entropy": torch.rand(16), "boost": torch.rand(16)}
-    assert_matches(logits, tokens, old, advantages, config=SageConfig(**change), **rest)
+    assert_matches(ours, logits, tokens, old, advantages, config=SageConfig(**change), **rest)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_sage_loss_gradcheck_where_nothing_is_capped(objective):
+def test_sage_loss_gradcheck_where_nothing_is_capped(ours, objective):
     # Inside every bound the loss is -mean(A r), whose numerical derivative is the gradient; caps
     # are constants under the gradient and cannot be differenced.
     logits = torch.randn(4, 3, 7, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(0, 7, (4, 3))
-    old = genrec_ext.token_logps(logits.detach(), tokens)[0] + 0.01
+    old = ours.token_logps(logits.detach(), tokens)[0] + 0.01
     advantages = torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64)
     config = SageConfig(
         objective=objective,
@@ -280,27 +306,25 @@ def test_sage_loss_gradcheck_where_nothing_is_capped(objective):
         advantages = advantages.abs()
 
     def f(x):
-        return genrec_ext.sage_loss(x, tokens, old, advantages, ref_logps=old - 0.2, config=config)
+        return ours.sage_loss(x, tokens, old, advantages, ref_logps=old - 0.2, config=config)
 
     def g(x):
-        return genrec_ext.sage_loss_from_logps(
-            x, old, advantages, ref_logps=old - 0.2, config=config
-        )
+        return ours.sage_loss_from_logps(x, old, advantages, ref_logps=old - 0.2, config=config)
 
     assert gradcheck(f, logits)
     assert gradcheck(g, (old - 0.01).requires_grad_())
 
 
-def test_from_logps_matches_the_fused_loss():
+def test_from_logps_matches_the_fused_loss(ours):
     logits, tokens, old, advantages = batch(dtype=torch.float64)
     logits.requires_grad_()
     for objective in OBJECTIVES:
         config = SageConfig(objective=objective)
-        fused, stats = genrec_ext.sage_loss(
+        fused, stats = ours.sage_loss(
             logits, tokens, old, advantages, config=config, return_stats=True
         )
-        logps, _ = genrec_ext.token_logps(logits, tokens)
-        loss, other = genrec_ext.sage_loss_from_logps(
+        logps, _ = ours.token_logps(logits, tokens)
+        loss, other = ours.sage_loss_from_logps(
             logps, old, advantages, config=config, return_stats=True
         )
         assert torch.allclose(fused, loss, rtol=1e-13)
@@ -309,15 +333,13 @@ def test_from_logps_matches_the_fused_loss():
         assert other.entropy.isnan() and torch.allclose(stats.ratio, other.ratio)
 
 
-def test_special_cases_reduce_to_their_named_objectives():
+def test_special_cases_reduce_to_their_named_objectives(ours):
     logits, tokens, old, advantages = batch(N=32, V=20)
     rest = {"entropy": torch.rand(32), "boost": torch.rand(32)}
 
     def run(**changes):
         config = SageConfig(**changes)
-        return loss_and_grad(
-            genrec_ext.sage_loss, logits, tokens, old, advantages, config=config, **rest
-        )
+        return loss_and_grad(ours.sage_loss, logits, tokens, old, advantages, config=config, **rest)
 
     sage = run(eps_boost=0.0, entropy_penalty=0.0, eps_neg=math.inf)
     gbpo = run(objective="gbpo")
@@ -328,10 +350,10 @@ def test_special_cases_reduce_to_their_named_objectives():
     assert torch.allclose(free[0], gspo[0], rtol=1e-6) and torch.allclose(free[1], gspo[1])
 
 
-def test_token_gbpo_at_length_one_by_hand():
+def test_token_gbpo_at_length_one_by_hand(ours):
     p, old = 0.8, 0.5
     logits = torch.tensor([[[math.log(p), math.log(1 - p)]]]).expand(2, 1, 2)
-    loss = genrec_ext.sage_loss(
+    loss = ours.sage_loss(
         logits,
         torch.zeros(2, 1, dtype=torch.int64),
         torch.full((2, 1), math.log(old)),
@@ -348,14 +370,14 @@ def test_token_gbpo_at_length_one_by_hand():
     stale=st.floats(0, 30),
     seed=st.integers(0, 2**31),
 )
-def test_stability_bounds_hold_on_random_rows(spread, V, T, stale, seed):
+def test_stability_bounds_hold_on_random_rows(ours, spread, V, T, stale, seed):
     """sum_t |dL/dz[t, y_t]| <= |A| k p for A < 0, and <= |A| B+ (1 - p) for A >= 0 [SAGE, GBPO]."""
     logits, tokens, old, advantages = batch(8, T, V, spread=spread, seed=seed)
     old = old + stale * torch.randn(8, 1)
     entropy, boost = torch.rand(8), torch.rand(8)
     config = SageConfig(reduction="sum", eps_pos=0.2)
     _, grad = loss_and_grad(
-        genrec_ext.sage_loss,
+        ours.sage_loss,
         logits,
         tokens,
         old,
@@ -374,7 +396,7 @@ def test_stability_bounds_hold_on_random_rows(spread, V, T, stale, seed):
     assert grad.isfinite().all()
 
 
-def test_impossible_token_gives_a_finite_loss_and_no_gradient():
+def test_impossible_token_gives_a_finite_loss_and_no_gradient(ours):
     logits = torch.randn(2, 2, 5)
     logits[0, 1, 3] = -math.inf
     tokens = torch.tensor([[0, 3], [1, 2]])
@@ -382,7 +404,7 @@ def test_impossible_token_gives_a_finite_loss_and_no_gradient():
     for objective in OBJECTIVES:
         config = SageConfig(objective=objective)
         loss, grad = loss_and_grad(
-            genrec_ext.sage_loss, logits, tokens, old, torch.tensor([1.0, -1.0]), config=config
+            ours.sage_loss, logits, tokens, old, torch.tensor([1.0, -1.0]), config=config
         )
         assert loss.isfinite() and grad.isfinite().all()
         assert objective != "sage" or (grad[1] != 0).any()
@@ -396,11 +418,11 @@ def test_impossible_token_gives_a_finite_loss_and_no_gradient():
         assert torch.allclose(grad[1], want_grad[1], atol=1e-6)
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_not_hidden(ours):
     logits, tokens, old, advantages = batch(V=20)
     logits[2, 1, 5] = math.nan
     loss, grad = loss_and_grad(
-        genrec_ext.sage_loss,
+        ours.sage_loss,
         logits,
         tokens,
         old,
@@ -413,7 +435,7 @@ def test_nan_is_not_hidden():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("support", ("all", "ranges", "trie"))
-def test_inplace_gradient_equals_the_other(dtype, support):
+def test_inplace_gradient_equals_the_other(ours, device, dtype, support):
     logits, tokens, old, advantages = batch(V=3000, T=2, dtype=dtype)
     settings = {}
     if support == "ranges":
@@ -422,60 +444,58 @@ def test_inplace_gradient_equals_the_other(dtype, support):
     if support == "trie":
         trie = Trie.from_items(tokens)
         settings |= {"trie": trie, "nodes": trie.nodes_of(tokens)}
-    want, want_grad = loss_and_grad(
-        genrec_ext.sage_loss, logits, tokens, old, advantages, **settings
-    )
-    leaf = logits.clone().requires_grad_()
+    want, want_grad = loss_and_grad(ours.sage_loss, logits, tokens, old, advantages, **settings)
+    leaf = logits.clone().to(device).requires_grad_()
     doubled = leaf * 1.0
-    loss = genrec_ext.sage_loss(doubled, tokens, old, advantages, inplace_grad=True, **settings)
+    loss = ours.sage_loss(doubled, tokens, old, advantages, inplace_grad=True, **settings)
     loss.backward(retain_graph=True)
-    assert loss.equal(want) and leaf.grad.equal(want_grad)
-    assert doubled.data_ptr() != leaf.data_ptr() and doubled.equal(want_grad)
+    assert loss.equal(want) and leaf.grad.cpu().equal(want_grad)
+    assert doubled.data_ptr() != leaf.data_ptr() and doubled.cpu().equal(want_grad)
     with pytest.raises(RuntimeError, match="its backward runs once"):
         loss.backward()
 
 
-def test_inplace_without_grad_leaves_the_logits_alone():
-    logits, tokens, old, advantages = batch(V=30)
+def test_inplace_without_grad_leaves_the_logits_alone(ours, device):
+    logits, tokens, old, advantages = there(device, batch(V=30))
     before = logits.clone()
-    genrec_ext.sage_loss(logits, tokens, old, advantages, inplace_grad=True)
+    ours.sage_loss(logits, tokens, old, advantages, inplace_grad=True)
     assert logits.equal(before)
 
 
-def test_backward_may_run_twice_and_with_any_factor():
+def test_backward_may_run_twice_and_with_any_factor(ours):
     logits, tokens, old, advantages = batch(V=30)
     logits.requires_grad_()
-    loss = genrec_ext.sage_loss(logits, tokens, old, advantages)
+    loss = ours.sage_loss(logits, tokens, old, advantages)
     (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (three,) = torch.autograd.grad(3 * loss, logits, retain_graph=True)
     loss.backward()
     assert torch.allclose(3 * one, three) and logits.grad.equal(one)
 
 
-def test_stats_say_what_happened():
+def test_stats_say_what_happened(ours):
     logits, tokens, old, advantages = batch(N=64, V=20)
     settings = {"entropy": torch.rand(64), "boost": torch.rand(64), "return_stats": True}
     for objective in OBJECTIVES:
         config = SageConfig(objective=objective, kl_weight=0.1)
         arguments = (logits.double(), tokens, old.double(), advantages.double())
-        _, got = genrec_ext.sage_loss(*arguments, ref_logps=old - 0.1, config=config, **settings)
+        _, got = ours.sage_loss(*arguments, ref_logps=old - 0.1, config=config, **settings)
         _, want = reference.sage_loss(*arguments, ref_logps=old - 0.1, config=config, **settings)
         assert all(torch.allclose(a, b.to(a), rtol=1e-9) for a, b in zip(got, want))
         assert 0 < got.capped_positive < 1 and 0 < got.capped_negative <= 1 and got.kl > 0
 
 
-def test_normalizer_adds_up_over_micro_batches():
+def test_normalizer_adds_up_over_micro_batches(ours):
     logits, tokens, old, advantages = batch(N=10, V=20)
-    whole = genrec_ext.sage_loss(logits, tokens, old, advantages)
+    whole = ours.sage_loss(logits, tokens, old, advantages)
     parts = [
-        genrec_ext.sage_loss(logits[s], tokens[s], old[s], advantages[s], normalizer=10)
+        ours.sage_loss(logits[s], tokens[s], old[s], advantages[s], normalizer=10)
         for s in (slice(0, 3), slice(3, 10))
     ]
     assert torch.allclose(sum(parts), whole)
 
 
-def test_operator_works_with_all_defaults_and_compiles():
-    logits, tokens, old, advantages = batch(V=20)
+def test_operator_works_with_all_defaults_and_compiles(device):
+    logits, tokens, old, advantages = there(device, batch(V=20))
     assert torch.ops.genrec.sage_loss(logits, tokens, old, advantages).equal(
         genrec_ext.sage_loss(logits, tokens, old, advantages)
     )
@@ -501,32 +521,32 @@ def test_operator_works_with_all_defaults_and_compiles():
     offset=st.sampled_from((0.0, 1e4)),
     seed=st.integers(0, 2**31),
 )
-def test_decoupled_advantages_equals_definition(unbiased, B, G, M, missing, offset, seed):
+def test_decoupled_advantages_equals_definition(ours, unbiased, B, G, M, missing, offset, seed):
     g = torch.Generator().manual_seed(seed)
     rewards = torch.randn(B, G, M, generator=g, dtype=torch.float64) + offset
     rewards[torch.rand(B, G, M, generator=g) < missing] = math.nan
     weights = torch.rand(M, generator=g, dtype=torch.float64)
-    got = genrec_ext.decoupled_advantages(rewards, weights, unbiased=unbiased)
+    got = ours.decoupled_advantages(rewards, weights, unbiased=unbiased)
     want = reference.decoupled_advantages(rewards, weights, unbiased=unbiased)
     assert got.isfinite().all()
     assert torch.allclose(got, want, rtol=1e-7, atol=1e-7)
     assert (got[rewards.isnan().all(-1)] == 0).all()
 
 
-def test_decoupled_advantages_constant_rewards_teach_nothing():
+def test_decoupled_advantages_constant_rewards_teach_nothing(ours):
     rewards = torch.full((4, 8, 2), 123456.789)
-    assert (genrec_ext.decoupled_advantages(rewards, torch.ones(2)) == 0).all()
-    single = genrec_ext.decoupled_advantages(torch.randn(3, 1, 2), torch.ones(2), unbiased=True)
+    assert (ours.decoupled_advantages(rewards, torch.ones(2)) == 0).all()
+    single = ours.decoupled_advantages(torch.randn(3, 1, 2), torch.ones(2), unbiased=True)
     assert (single == 0).all()
 
 
-def test_decoupled_advantages_clamp_and_scale_freedom():
+def test_decoupled_advantages_clamp_and_scale_freedom(ours):
     rewards = torch.randn(5, 8, 2)
     weights = torch.tensor([1.0, 0.5])
-    plain = genrec_ext.decoupled_advantages(rewards, weights)
-    scaled = genrec_ext.decoupled_advantages(rewards * torch.tensor([1000.0, 1.0]), weights)
+    plain = ours.decoupled_advantages(rewards, weights)
+    scaled = ours.decoupled_advantages(rewards * torch.tensor([1000.0, 1.0]), weights)
     assert torch.allclose(plain, scaled, atol=1e-3), "one reward's scale must not drown the other"
-    clamped = genrec_ext.decoupled_advantages(rewards, weights, clamp=0.5)
+    clamped = ours.decoupled_advantages(rewards, weights, clamp=0.5)
     assert clamped.abs().max() == 0.5 and clamped.equal(plain.clamp(-0.5, 0.5))
 
 
@@ -586,11 +606,13 @@ def calls():
 
 
 @pytest.mark.parametrize("name", calls())
-def test_opcheck(name):
-    operator, arguments, settings = calls()[name]
+def test_opcheck(device, name):
+    operator, *rest = calls()[name]
+    arguments, settings = there(device, rest)
     opcheck(operator.default, arguments, settings)
 
 
+HOST = pytest.mark.checks_indices
 LOGITS, TOKENS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 OLD, ADVANTAGES = torch.zeros(2, 3), torch.zeros(2)
 
@@ -602,16 +624,34 @@ OLD, ADVANTAGES = torch.zeros(2, 3), torch.zeros(2)
         (ValueError, "logits must be float32, float64, bfloat16", {0: LOGITS.long()}, {}),
         (ValueError, "at least one column", {0: LOGITS[:, :, :0]}, {}),
         (ValueError, r"tokens must have shape \[2, 3\], got \[2, 2\]", {1: TOKENS[:, :2]}, {}),
-        (IndexError, r"tokens\[0, 0\] must lie in \[0, V = 5\), got 5", {1: TOKENS + 5}, {}),
-        (IndexError, "got -1", {1: TOKENS - 1}, {}),
+        pytest.param(
+            IndexError,
+            r"tokens\[0, 0\] must lie in \[0, V = 5\), got 5",
+            {1: TOKENS + 5},
+            {},
+            marks=HOST,
+        ),
+        pytest.param(IndexError, "got -1", {1: TOKENS - 1}, {}, marks=HOST),
         (ValueError, r"old_logps must have shape \[2, 3\]", {2: OLD[:1]}, {}),
         (ValueError, r"advantages must have shape \[2\], got \[2, 3\]", {3: OLD}, {}),
         (ValueError, r"mask must have shape \[2, 3\]", {}, {"mask": torch.ones(2, 2)}),
         (ValueError, r"entropy must have shape \[2\]", {}, {"entropy": torch.ones(3)}),
         (ValueError, r"boost must have shape \[2\]", {}, {"boost": OLD}),
         (ValueError, r"ranges must have shape \[3, 2\]", {}, {"ranges": [[0, 5]]}),
-        (ValueError, r"ranges\[1\] must satisfy", {}, {"ranges": [[0, 5], [3, 2], [0, 5]]}),
-        (ValueError, r"ranges\[2\].*got \[0, 6\)", {}, {"ranges": [[0, 5], [2, 2], [0, 6]]}),
+        pytest.param(
+            ValueError,
+            r"ranges\[1\] must satisfy",
+            {},
+            {"ranges": [[0, 5], [3, 2], [0, 5]]},
+            marks=HOST,
+        ),
+        pytest.param(
+            ValueError,
+            r"ranges\[2\].*got \[0, 6\)",
+            {},
+            {"ranges": [[0, 5], [2, 2], [0, 6]]},
+            marks=HOST,
+        ),
         (ValueError, "trie and nodes must be given together", {}, {"nodes": TOKENS}),
         (ValueError, "temperature must be a positive", {}, {"config": {"temperature": 0.0}}),
         (ValueError, "temperature must be a positive", {}, {"config": {"temperature": math.nan}}),
@@ -625,7 +665,7 @@ OLD, ADVANTAGES = torch.zeros(2, 3), torch.zeros(2)
     ),
 )
 @pytest.mark.parametrize("inplace", (False, True))
-def test_errors_name_the_argument(error, text, arguments, settings, inplace):
+def test_errors_name_the_argument(ours, error, text, arguments, settings, inplace):
     given = [LOGITS, TOKENS, OLD, ADVANTAGES]
     for index, value in arguments.items():
         given[index] = value
@@ -635,7 +675,7 @@ def test_errors_name_the_argument(error, text, arguments, settings, inplace):
     if "config" in settings:
         settings["config"] = dataclasses.replace(SageConfig(), **settings["config"])
     with pytest.raises(error, match=text):
-        genrec_ext.sage_loss(*given, inplace_grad=inplace, **settings)
+        ours.sage_loss(*given, inplace_grad=inplace, **settings)
 
 
 @pytest.mark.parametrize(
@@ -644,14 +684,17 @@ def test_errors_name_the_argument(error, text, arguments, settings, inplace):
         (r"rewards must have shape \[B, G, M\]", torch.zeros(2, 3), torch.ones(3), {}),
         (r"weights must have shape \[4\]", torch.zeros(2, 3, 4), torch.ones(3), {}),
         ("clamp must be positive", torch.zeros(2, 3, 4), torch.ones(4), {"clamp": 0.0}),
-        ("rewards must be finite", torch.full((1, 2, 1), math.inf), torch.ones(1), {}),
+        pytest.param(
+            "rewards must be finite", torch.full((1, 2, 1), math.inf), torch.ones(1), {}, marks=HOST
+        ),
     ),
 )
-def test_decoupled_advantages_errors(text, rewards, weights, settings):
+def test_decoupled_advantages_errors(ours, text, rewards, weights, settings):
     with pytest.raises(ValueError, match=text):
-        genrec_ext.decoupled_advantages(rewards, weights, **settings)
+        ours.decoupled_advantages(rewards, weights, **settings)
 
 
+@pytest.mark.checks_indices
 def test_a_support_index_cannot_reach_outside():
     columns = torch.tensor([0, 1], dtype=torch.int32)
     at = torch.zeros(1, 1, dtype=torch.int64)
@@ -666,43 +709,43 @@ def test_a_support_index_cannot_reach_outside():
 # ---- what must not go wrong silently ----
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_refused(ours):
     logits, tokens, old, advantages = batch(V=20)
     logits.requires_grad_()
     calls = (
-        lambda: genrec_ext.sage_loss(logits, tokens, old, advantages),
-        lambda: genrec_ext.sage_loss(logits * 1, tokens, old, advantages, inplace_grad=True),
-        lambda: genrec_ext.token_logps(logits, tokens)[0].sum(),
+        lambda: ours.sage_loss(logits, tokens, old, advantages),
+        lambda: ours.sage_loss(logits * 1, tokens, old, advantages, inplace_grad=True),
+        lambda: ours.token_logps(logits, tokens)[0].sum(),
     )
     for call in calls:
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(call(), logits, create_graph=True)
 
 
-def test_inplace_gradient_cannot_spoil_what_others_saved():
-    logits, tokens, old, advantages = batch(V=20)
+def test_inplace_gradient_cannot_spoil_what_others_saved(ours, device):
+    logits, tokens, old, advantages = there(device, batch(V=20))
     logits.requires_grad_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        genrec_ext.sage_loss(logits.tanh(), tokens, old, advantages, inplace_grad=True).backward()
+        ours.sage_loss(logits.tanh(), tokens, old, advantages, inplace_grad=True).backward()
     middle = logits * 1
     square = middle.pow(2).sum()
-    loss = genrec_ext.sage_loss(middle, tokens, old, advantages, inplace_grad=True)
+    loss = ours.sage_loss(middle, tokens, old, advantages, inplace_grad=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (square + loss).backward()
+        (square.cpu() + loss).backward()
     shared = (logits[:1] * 1).expand(6, 4, 20)
     with pytest.raises(ValueError, match="rows of their own memory"):
-        genrec_ext.sage_loss(shared, tokens, old, advantages, inplace_grad=True)
+        ours.sage_loss(shared, tokens, old, advantages, inplace_grad=True)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_inplace_gradient_scales_in_place(reduction):
+def test_inplace_gradient_scales_in_place(ours, device, reduction):
     logits, tokens, old, advantages = batch(V=20)
     config = SageConfig(reduction=reduction)
     weight = torch.rand(()) if reduction == "mean" else torch.rand(6)
     grads = []
     for inplace in (False, True):
-        leaf = logits.clone().requires_grad_()
-        loss = genrec_ext.sage_loss(
+        leaf = logits.clone().to(device).requires_grad_()
+        loss = ours.sage_loss(
             leaf * 1, tokens, old, advantages, config=config, inplace_grad=inplace
         )
         (loss * weight).sum().backward()
@@ -720,20 +763,22 @@ def test_tensors_of_two_devices_are_refused_on_meta_too():
     assert meta[0].device.type == "meta" and meta[0].shape == (6, 4)
 
 
-def test_float_indices_are_refused():
+def test_float_indices_are_refused(ours):
     logits, tokens, old, advantages = batch(V=20)
     with pytest.raises(ValueError, match=r"tokens must be integers, got torch.float32"):
-        genrec_ext.sage_loss(logits, tokens.float(), old, advantages)
+        ours.sage_loss(logits, tokens.float(), old, advantages)
     with pytest.raises(ValueError, match="ranges must be integers"):
-        genrec_ext.token_logps(logits, tokens, ranges=torch.rand(4, 2))
-    assert genrec_ext.token_logps(logits, tokens.int())[0].shape == (6, 4)
+        ours.token_logps(logits, tokens, ranges=torch.rand(4, 2))
+    assert ours.token_logps(logits, tokens.int())[0].shape == (6, 4)
 
 
 @pytest.mark.parametrize("form", ("inplace", "trie"))
-def test_compiles_whole_in_every_form(form):
+def test_compiles_whole_in_every_form(device, form):
     logits, tokens, old, advantages = batch(V=20)
     trie = Trie.from_items(tokens)
     nodes = trie.nodes_of(tokens)
+    logits, tokens, old, advantages, nodes = there(device, (logits, tokens, old, advantages, nodes))
+    trie = trie if device == "cpu" else trie.to(device)
     settings = {"inplace_grad": True} if form == "inplace" else {"trie": trie, "nodes": nodes}
 
     def step(x):
@@ -745,12 +790,12 @@ def test_compiles_whole_in_every_form(form):
     assert torch.allclose(a.grad, b.grad)
 
 
-def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded():
+def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(ours):
     logits, tokens, old, advantages = batch(N=256, V=1024, spread=1.0)
     half = logits.half().requires_grad_()
     wide = logits.half().double().requires_grad_()
     mask = torch.rand(256, 4) < 0.8
-    loss, stats = genrec_ext.sage_loss(half, tokens, old, advantages, mask=mask, return_stats=True)
+    loss, stats = ours.sage_loss(half, tokens, old, advantages, mask=mask, return_stats=True)
     want, want_stats = reference.sage_loss(
         wide, tokens, old.double(), advantages.double(), mask=mask, return_stats=True
     )

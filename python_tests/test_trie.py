@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import genrec_ext
-from genrec_ext import Trie, beam_search, reference
+from genrec_ext import Trie, reference
 
 
 def random_codes(rng, N, L, K):
@@ -133,7 +132,7 @@ def step_case(seed, users=3, width=4, V=12, L=3, ties=False, dtype=torch.float32
 @pytest.mark.parametrize("ties", (False, True))
 @pytest.mark.parametrize("softmax", ("vocab", "level", "children"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-def test_step_equals_definition(softmax, ties, dtype):
+def test_step_equals_definition(ours, softmax, ties, dtype):
     compared = 0
     for seed in range(60):
         trie, level, nodes, logits, scores = step_case(seed, ties=ties, dtype=dtype)
@@ -141,29 +140,29 @@ def test_step_equals_definition(softmax, ties, dtype):
         for width in (1, 4, 30):
             rest = (nodes, trie, level, width)
             settings = {"softmax": softmax, "temperature": 0.8, "forbidden": forbidden}
-            got = genrec_ext.trie_beam_step(logits, scores, *rest, **settings)
+            got = ours.trie_beam_step(logits, scores, *rest, **settings)
             want = reference.trie_beam_step(logits.double(), scores.double(), *rest, **settings)
             assert torch.allclose(got[0].double(), want[0], atol=2e-6)
-            for ours, theirs in zip(got[1:], want[1:]):
-                assert ours.equal(theirs)
+            for have, expected in zip(got[1:], want[1:]):
+                assert have.equal(expected)
             compared += int((want[3] >= 0).sum())
     assert compared > 500
 
 
-def test_wide_fan_out_keeps_the_exact_best():
+def test_wide_fan_out_keeps_the_exact_best(ours):
     # More candidates than the pool holds, most of them equal.
     V = 20_000
     trie = Trie.from_items(torch.arange(V).unsqueeze(1))
     logits = torch.zeros(1, V)
     logits[0, torch.randperm(V)[:7]] = 1.0
     nodes, scores = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
-    _, _, token, _ = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 10)
+    _, _, token, _ = ours.trie_beam_step(logits, scores, nodes, trie, 0, 10)
     best = logits[0].nonzero().flatten().tolist()
     rest = [v for v in range(V) if v not in best][:3]
     assert token[0].tolist() == best + rest
 
 
-def test_special_values_stay_with_their_rows():
+def test_special_values_stay_with_their_rows(ours):
     trie = Trie.from_items([[0], [1], [2]])
     logits = torch.zeros(5, 4)
     logits[0, 1] = math.nan
@@ -172,24 +171,24 @@ def test_special_values_stay_with_their_rows():
     logits[3, 0] = -math.inf
     logits[3, 3] = math.nan  # no child's column, but the row's normaliser needs it
     nodes, scores = torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1)
-    got = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 3)
+    got = ours.trie_beam_step(logits, scores, nodes, trie, 0, 3)
     for dead in (0, 1, 2, 3):
         assert got[3][dead].tolist() == [-1] * 3 and (got[0][dead] == -math.inf).all()
     assert got[2][4].tolist() == [0, 1, 2]
-    children = genrec_ext.trie_beam_step(logits, scores, nodes, trie, 0, 3, softmax="children")
+    children = ours.trie_beam_step(logits, scores, nodes, trie, 0, 3, softmax="children")
     assert children[2][3].tolist() == [1, 2, -1]
 
 
-def test_fewer_continuations_than_width_never_repeat():
+def test_fewer_continuations_than_width_never_repeat(ours):
     trie = Trie.from_items([[0, 0], [0, 1], [1, 0]])
     nodes = torch.tensor([[0, -1, 1]])
-    got = genrec_ext.trie_beam_step(torch.zeros(3, 2), torch.zeros(1, 3), nodes, trie, 1, 6)
+    got = ours.trie_beam_step(torch.zeros(3, 2), torch.zeros(1, 3), nodes, trie, 1, 6)
     assert got[3].tolist() == [[0, 1, 2, -1, -1, -1]]
     assert got[1].tolist() == [[0, 0, 2, -1, -1, -1]]
     assert (got[0][0, 3:] == -math.inf).all()
 
 
-def test_step_errors_name_the_argument():
+def test_step_errors_name_the_argument(ours):
     trie = Trie.from_items([[0, 4]])
     good = {"scores": torch.zeros(1, 1), "nodes": torch.zeros(1, 1, dtype=torch.int64)}
     cases = (
@@ -228,13 +227,11 @@ def test_step_errors_name_the_argument():
     for error, text, logits, change, settings in cases:
         given = {**good, **change}
         with pytest.raises(error, match=text):
-            genrec_ext.trie_beam_step(
-                logits, given["scores"], given["nodes"], trie, 0, 2, **settings
-            )
+            ours.trie_beam_step(logits, given["scores"], given["nodes"], trie, 0, 2, **settings)
     with pytest.raises(ValueError, match="width must be at least 1"):
-        genrec_ext.trie_beam_step(torch.zeros(1, 5), *good.values(), trie, 0, 0)
+        ours.trie_beam_step(torch.zeros(1, 5), *good.values(), trie, 0, 0)
     with pytest.raises(IndexError, match="labels up to 4, but logits have only V = 3"):
-        genrec_ext.trie_beam_step(torch.zeros(1, 3), *good.values(), trie, 1, 2)
+        ours.trie_beam_step(torch.zeros(1, 3), *good.values(), trie, 1, 2)
 
 
 def test_opcheck_beam_step():
@@ -301,7 +298,7 @@ def exhaustive(model, user, trie_codes, offsets, width, columns):
 
 
 @pytest.mark.parametrize("values", ("random", "ties"))
-def test_beam_search_equals_exhaustive_search(values):
+def test_beam_search_equals_exhaustive_search(ours, values):
     """1,000 random tries and models in all, half of them full of ties."""
     for seed in range(500):
         rng = random.Random(seed)
@@ -312,7 +309,7 @@ def test_beam_search_equals_exhaustive_search(values):
         trie = Trie.from_items(codes, level_offsets=offsets)
         users, width, V = rng.randrange(1, 3), rng.choice((1, 2, 5, 64)), K * L + 1
         model = TableModel(users, L, V, seed, values)
-        found = beam_search(model, trie, width, users=users, softmax=softmax)
+        found = ours.beam_search(model, trie, width, users=users, softmax=softmax)
         columns = [
             trie.level_columns(level, V) if softmax == "level" else (0, V) for level in range(L)
         ]
@@ -331,11 +328,11 @@ def test_beam_search_equals_exhaustive_search(values):
             assert (found.scores[user, len(want) :] == -math.inf).all()
 
 
-def test_wide_search_ranks_every_item_by_probability():
+def test_wide_search_ranks_every_item_by_probability(ours):
     codes = list(itertools.product(range(3), range(4), range(2)))
     trie = Trie.from_items(codes, level_offsets=[0, 3, 7])
     tables = [torch.randn(9) for _ in range(3)]
-    found = beam_search(
+    found = ours.beam_search(
         lambda level, parent, token: tables[level].expand(1 if parent is None else 24, 9),
         trie,
         24,
@@ -350,7 +347,7 @@ def test_wide_search_ranks_every_item_by_probability():
     assert torch.allclose(found.scores[0].exp().sum(), torch.tensor(1.0))
 
 
-def test_forbidden_items_are_never_returned_and_their_subtrees_not_entered():
+def test_forbidden_items_are_never_returned_and_their_subtrees_not_entered(ours):
     codes = list(itertools.product(range(3), range(3)))
     trie = Trie.from_items(codes)
     off = torch.zeros(2, 9, dtype=torch.bool)
@@ -361,21 +358,23 @@ def test_forbidden_items_are_never_returned_and_their_subtrees_not_entered():
     def model(level, parent, token):
         return table.expand(2 if parent is None else 2 * 4, 3)
 
-    found = beam_search(model, trie, 4, users=2, softmax="children", forbidden=off)
+    found = ours.beam_search(model, trie, 4, users=2, softmax="children", forbidden=off)
     assert 4 not in found.items[1].tolist()
     assert set(found.items[0].tolist()) <= {3, 4, 5, 6, 7, 8} and (found.items >= 0).all()
-    everything = beam_search(model, trie, 4, users=2, forbidden=torch.ones(9, dtype=torch.bool))
+    everything = ours.beam_search(
+        model, trie, 4, users=2, forbidden=torch.ones(9, dtype=torch.bool)
+    )
     assert (everything.items == -1).all() and (everything.scores == -math.inf).all()
 
 
-def test_collisions_return_the_first_item_and_all_through_items_of():
+def test_collisions_return_the_first_item_and_all_through_items_of(ours):
     trie = Trie.from_items([[1], [0], [1], [1]], item_ids=["a", "b", "c", "d"])
-    found = beam_search(lambda *_: torch.tensor([[0.0, 1.0]]), trie, 3, users=1)
+    found = ours.beam_search(lambda *_: torch.tensor([[0.0, 1.0]]), trie, 3, users=1)
     assert found.items.tolist() == [[0, 1, -1]]
     assert trie.items_of(int(found.leaves[0, 0])).tolist() == [0, 2, 3]
 
 
-def test_dead_beams_are_handed_valid_arguments():
+def test_dead_beams_are_handed_valid_arguments(ours):
     trie = Trie.from_items([[0, 5], [1, 5]], level_offsets=[0, 4])
     embedding = torch.nn.Embedding(12, 12)
     seen = []
@@ -386,25 +385,29 @@ def test_dead_beams_are_handed_valid_arguments():
         seen.append((parent.min().item(), token.min().item()))
         return embedding(token.flatten()).detach()
 
-    beam_search(model, trie, 5, users=1)
+    ours.beam_search(model, trie, 5, users=1)
     assert seen == [(0, 0)]
 
 
-def test_search_errors():
+def test_search_errors(ours):
     trie = Trie.from_items([[0]])
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
-        beam_search(lambda *_: torch.zeros(1, 2), trie, 0, users=1)
+        ours.beam_search(lambda *_: torch.zeros(1, 2), trie, 0, users=1)
     with pytest.raises(ValueError, match="users must be at least 1"):
-        beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=0)
+        ours.beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=0)
     with pytest.raises(ValueError, match=r"step_fn must return logits \[U \* W, V\]"):
-        beam_search(lambda *_: torch.zeros(3, 2), trie, 1, users=1)
+        ours.beam_search(lambda *_: torch.zeros(3, 2), trie, 1, users=1)
     with pytest.raises(ValueError, match="forbidden must cover 1 items, got 2"):
-        beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=1, forbidden=torch.zeros(2) > 0)
+        ours.beam_search(
+            lambda *_: torch.zeros(1, 2), trie, 1, users=1, forbidden=torch.zeros(2) > 0
+        )
 
 
-def test_empty_catalogue_finds_nothing():
+def test_empty_catalogue_finds_nothing(ours):
     trie = Trie.from_items(np.zeros((0, 2), dtype=np.int64))
-    found = beam_search(lambda level, p, t: torch.zeros(1 if p is None else 3, 4), trie, 3, users=1)
+    found = ours.beam_search(
+        lambda level, p, t: torch.zeros(1 if p is None else 3, 4), trie, 3, users=1
+    )
     assert found.items.tolist() == [[-1, -1, -1]]
 
 
@@ -425,12 +428,12 @@ def test_labels_that_do_not_ascend_cannot_reach_outside():
             )
 
 
-def test_level_sizes_say_otherwise_than_offsets():
+def test_level_sizes_say_otherwise_than_offsets(ours):
     shared = Trie.from_items([[3, 2]], level_offsets=[0, 0], level_sizes=[4, 4])
     assert shared.level_columns(0, 8) == shared.level_columns(1, 8) == (0, 4)
     empty = Trie.from_items(np.zeros((0, 2), dtype=np.int64), level_offsets=[0, 0])
     nodes, scores = torch.zeros(1, 1).long(), torch.zeros(1, 1)
-    got = genrec_ext.trie_beam_step(torch.zeros(1, 4), scores, nodes, empty, 0, 1, softmax="level")
+    got = ours.trie_beam_step(torch.zeros(1, 4), scores, nodes, empty, 0, 1, softmax="level")
     assert got[3].tolist() == [[-1]]
 
 

@@ -5,7 +5,7 @@
 // For ThreadSanitizer each CUDA thread is a thread of its own, which only barriers,
 // __syncwarp and fences order: it then reports a missing one as a data race whatever
 // order the fibers ran in.  This file itself is compiled without sanitizers and
-// speaks to them by hand (GENREC_SIMULATOR_ASAN, GENREC_SIMULATOR_TSAN).
+// speaks to them by hand, so that one object serves every build.
 #include "simulator/cuda_simulator.h"
 
 #include <sys/mman.h>
@@ -26,58 +26,73 @@
 #endif
 
 // ---- what the sanitizers are told ----
+// Each function is there where the program was linked with its sanitizer.
 
-#if defined(GENREC_SIMULATOR_ASAN)
 extern "C" {
-void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
-void __sanitizer_finish_switch_fiber(void* saved, const void** bottom, size_t* size);
-void __asan_poison_memory_region(const volatile void* p, size_t size);
-void __asan_unpoison_memory_region(const volatile void* p, size_t size);
+#define GENREC_IF_LINKED __attribute__((weak))
+GENREC_IF_LINKED void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
+GENREC_IF_LINKED void __sanitizer_finish_switch_fiber(void* saved, const void** bottom,
+                                                      size_t* size);
+GENREC_IF_LINKED void __asan_poison_memory_region(const volatile void* p, size_t size);
+GENREC_IF_LINKED void __asan_unpoison_memory_region(const volatile void* p, size_t size);
+GENREC_IF_LINKED void* __tsan_get_current_fiber();
+GENREC_IF_LINKED void* __tsan_create_fiber(unsigned flags);
+GENREC_IF_LINKED void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+GENREC_IF_LINKED void __tsan_acquire(void* p);
+GENREC_IF_LINKED void __tsan_release(void* p);
+GENREC_IF_LINKED void __tsan_write_range(void* p, unsigned long size);
+GENREC_IF_LINKED void AnnotateIgnoreReadsBegin(const char* file, int line);
+GENREC_IF_LINKED void AnnotateIgnoreReadsEnd(const char* file, int line);
+GENREC_IF_LINKED void AnnotateIgnoreWritesBegin(const char* file, int line);
+GENREC_IF_LINKED void AnnotateIgnoreWritesEnd(const char* file, int line);
+#undef GENREC_IF_LINKED
 }
-#else
-static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-static void __asan_poison_memory_region(const volatile void*, size_t) {}
-static void __asan_unpoison_memory_region(const volatile void*, size_t) {}
-#endif
 
-#if defined(GENREC_SIMULATOR_TSAN)
-extern "C" {
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* p);
-void __tsan_release(void* p);
-void __tsan_write_range(void* p, unsigned long size);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
+namespace asan {
+static bool on() { return &__sanitizer_start_switch_fiber != nullptr; }
+static void leave(void** save, const void* bottom, size_t size) {
+  if (on()) __sanitizer_start_switch_fiber(save, bottom, size);
 }
-static constexpr bool kTsan = true;
-#else
-static void* __tsan_get_current_fiber() { return nullptr; }
-static void* __tsan_create_fiber(unsigned) { return nullptr; }
-static void __tsan_switch_to_fiber(void*, unsigned) {}
-static void __tsan_acquire(void*) {}
-static void __tsan_release(void*) {}
-static void __tsan_write_range(void*, unsigned long) {}
-static void AnnotateIgnoreReadsBegin(const char*, int) {}
-static void AnnotateIgnoreReadsEnd(const char*, int) {}
-static void AnnotateIgnoreWritesBegin(const char*, int) {}
-static void AnnotateIgnoreWritesEnd(const char*, int) {}
-static constexpr bool kTsan = false;
-#endif
-static constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber: the switch orders nothing
+static void arrive(void* saved, const void** bottom, size_t* size) {
+  if (on()) __sanitizer_finish_switch_fiber(saved, bottom, size);
+}
+static void poison(const void* p, size_t size) {
+  if (on()) __asan_poison_memory_region(p, size);
+}
+static void unpoison(const void* p, size_t size) {
+  if (on()) __asan_unpoison_memory_region(p, size);
+}
+}  // namespace asan
+
+namespace tsan {
+static bool on() { return &__tsan_create_fiber != nullptr; }
+static void* current() { return on() ? __tsan_get_current_fiber() : nullptr; }
+static void* create() { return on() ? __tsan_create_fiber(0) : nullptr; }
+static void become(void* fiber) {
+  constexpr unsigned kNoOrder = 1;  // the switch itself orders nothing
+  if (on()) __tsan_switch_to_fiber(fiber, kNoOrder);
+}
+static void acquire(void* p) {
+  if (on()) __tsan_acquire(p);
+}
+static void release(void* p) {
+  if (on()) __tsan_release(p);
+}
+static void write(void* p, size_t size) {
+  if (on()) __tsan_write_range(p, size);
+}
+}  // namespace tsan
 
 // While one lives, memory that this file allocates, fills and frees is none of the
 // tested program's business.
 struct Unseen {
   Unseen() {
+    if (!tsan::on()) return;
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
   }
   ~Unseen() {
+    if (!tsan::on()) return;
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
@@ -158,7 +173,7 @@ constexpr size_t kTsanFibers = 1500;
 // A thread that does this many atomics in a row spins: others come first.
 constexpr int kSpins = 1000;
 // And this many, with no thread meeting another or returning, are a wait without end.
-constexpr int64_t kEndless = 5'000'000;
+constexpr int64_t kEndless = 1'000'000;
 
 enum class State { ready, waiting, yielded, returned };
 
@@ -296,21 +311,20 @@ Device device() {
 
 void to_scheduler(bool for_good) {
   Fiber* me = current;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &me->asan_stack, scheduler_bottom,
-                                 scheduler_size);
-  __tsan_switch_to_fiber(scheduler_tsan, kNoOrder);
+  asan::leave(for_good ? nullptr : &me->asan_stack, scheduler_bottom, scheduler_size);
+  tsan::become(scheduler_tsan);
   change_stack(me->context, scheduler);
-  __sanitizer_finish_switch_fiber(me->asan_stack, nullptr, nullptr);
+  asan::arrive(me->asan_stack, nullptr, nullptr);
 }
 
 void resume(Fiber& f) {
   current = &f;
   threadIdx = {static_cast<unsigned>(f.index), 0, 0};
   blockIdx = {f.block_number, 0, 0};
-  __sanitizer_start_switch_fiber(&scheduler_asan, f.stack.bottom(), kStack);
-  __tsan_switch_to_fiber(f.stack.tsan, kNoOrder);
+  asan::leave(&scheduler_asan, f.stack.bottom(), kStack);
+  tsan::become(f.stack.tsan);
   change_stack(scheduler, f.context);
-  __sanitizer_finish_switch_fiber(scheduler_asan, nullptr, nullptr);
+  asan::arrive(scheduler_asan, nullptr, nullptr);
 }
 
 // Ends the launch: this thread goes no further, nor does any other.
@@ -339,12 +353,12 @@ void block_ends(Block& b) {
   // A peer that reads or writes this memory must have done so before.  To each
   // sanitizer the end is a change of it; without one it turns to NaN.
   if (b.cluster->blocks.size() == 1) return;
-  __tsan_acquire(&b.ended);
+  tsan::acquire(&b.ended);
   for (const SharedArray& s : b.shared) {
-    __tsan_write_range(s.data, s.bytes);
+    tsan::write(s.data, s.bytes);
     Unseen unseen;
     std::memset(s.data, 0xff, s.bytes);
-    __asan_poison_memory_region(s.data, s.bytes);
+    asan::poison(s.data, s.bytes);
   }
 }
 
@@ -371,21 +385,21 @@ void thread_returns() {
 }
 
 void fiber_main() {
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
-  __tsan_acquire(&launch_start);
-  if (current->block->start.memory != nullptr) __tsan_acquire(&current->block->started);
+  asan::arrive(nullptr, &scheduler_bottom, &scheduler_size);
+  tsan::acquire(&launch_start);
+  if (current->block->start.memory != nullptr) tsan::acquire(&current->block->started);
   launch_body(launch_arguments);
   thread_returns();
   Block& b = *current->block;
-  __tsan_release(&b.ended);
+  tsan::release(&b.ended);
   if (b.live == 0) block_ends(b);
-  __tsan_release(&launch_end);
+  tsan::release(&launch_end);
   to_scheduler(true);
   std::abort();
 }
 
 Stack take_stack() {
-  if (!stacks.empty() && (!kTsan || stacks_made >= kTsanFibers)) {
+  if (!stacks.empty() && (!tsan::on() || stacks_made >= kTsanFibers)) {
     const Stack s = stacks.front();
     stacks.pop_front();
     return s;
@@ -397,13 +411,13 @@ Stack take_stack() {
     std::abort();
   }
   ++stacks_made;
-  return {static_cast<char*>(memory), __tsan_create_fiber(0)};
+  return {static_cast<char*>(memory), tsan::create()};
 }
 
 void give_stack(const Stack& s, bool finished) {
-  __asan_unpoison_memory_region(s.bottom(), kStack);
+  asan::unpoison(s.bottom(), kStack);
   // ThreadSanitizer still sees one that stopped midway in the calls it was in.
-  if (finished || !kTsan)
+  if (finished || !tsan::on())
     stacks.push_back(s);
   else
     --stacks_made;
@@ -421,16 +435,16 @@ SharedArray& make_shared_array(Block& b, const void* key, size_t bytes, size_t a
   char* memory = static_cast<char*>(std::aligned_alloc(unit, all));
   char* data = memory + pad;
   std::memset(memory, 0xff, all);
-  __asan_poison_memory_region(memory, all);
-  __asan_unpoison_memory_region(data, bytes);
+  asan::poison(memory, all);
+  asan::unpoison(data, bytes);
   b.shared.push_back({key, memory, data, bytes, alignment});
   if (b.start.memory != nullptr) {
     // As if the block's start had written it: a peer needs a barrier in between.
-    void* back = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(b.start.tsan, kNoOrder);
-    __tsan_write_range(data, bytes);
-    __tsan_release(&b.started);
-    __tsan_switch_to_fiber(back, kNoOrder);
+    void* back = tsan::current();
+    tsan::become(b.start.tsan);
+    tsan::write(data, bytes);
+    tsan::release(&b.started);
+    tsan::become(back);
   }
   return b.shared.back();
 }
@@ -477,7 +491,7 @@ void end_cluster(std::unique_ptr<Cluster> cluster) {
     for (const auto& f : b->fibers) give_stack(f->stack, f->state == State::returned);
     if (b->start.memory != nullptr) give_stack(b->start, true);
     for (const SharedArray& s : b->shared) {
-      __asan_unpoison_memory_region(s.memory, static_cast<size_t>(s.data - s.memory) + s.bytes);
+      asan::unpoison(s.memory, static_cast<size_t>(s.data - s.memory) + s.bytes);
       std::free(s.memory);
     }
   }
@@ -591,12 +605,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, Body body,
   launch_body = body;
   launch_arguments = arguments;
   launch_dynamic = config.dynamicSmemBytes;
-  scheduler_tsan = __tsan_get_current_fiber();
+  scheduler_tsan = tsan::current();
   failed = false;
   atomics_in_a_row = 0;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
-  __tsan_release(&launch_start);
+  tsan::release(&launch_start);
 
   const int64_t count = blocks / cluster;
   std::vector<uint32_t> shuffled;
@@ -640,12 +654,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, Body body,
   // What stopped midway happened before what the caller does next, too.
   for (const auto& c : active)
     for (const Fiber* f : c->barrier.members) {
-      __tsan_switch_to_fiber(f->stack.tsan, kNoOrder);
-      __tsan_release(&launch_end);
-      __tsan_switch_to_fiber(scheduler_tsan, kNoOrder);
+      tsan::become(f->stack.tsan);
+      tsan::release(&launch_end);
+      tsan::become(scheduler_tsan);
     }
   for (auto& c : active) end_cluster(std::move(c));
-  __tsan_acquire(&launch_end);
+  tsan::acquire(&launch_end);
   return failed ? report_code : cudaSuccess;
 }
 
@@ -662,7 +676,7 @@ unsigned rank_in_cluster() { return current->block->rank; }
 
 void* dynamic_shared() {
   Block& b = *current->block;
-  if (b.start.memory != nullptr) __tsan_acquire(&b.started);
+  if (b.start.memory != nullptr) tsan::acquire(&b.started);
   return b.shared.front().data;
 }
 
@@ -682,7 +696,7 @@ void* static_shared(const void* key, const char* name, size_t bytes, size_t alig
            std::to_string(limit) + " a block");
     s = &make_shared_array(b, key, bytes, alignment);
   }
-  if (b.start.memory != nullptr) __tsan_acquire(&b.started);
+  if (b.start.memory != nullptr) tsan::acquire(&b.started);
   return s->data;
 }
 
@@ -727,7 +741,7 @@ static int meet(Barrier& b, const char* name, bool predicate, Place here, const 
   }
   b.held += predicate ? 1 : 0;
   char* clock = &b.clocks[b.turn & 1];
-  __tsan_release(clock);
+  tsan::release(clock);
   if (++b.arrived == static_cast<int>(b.members.size())) {
     b.arrived = 0;
     b.result = b.held;
@@ -737,7 +751,7 @@ static int meet(Barrier& b, const char* name, bool predicate, Place here, const 
   } else {
     wait(&b, name, 0, here);
   }
-  __tsan_acquire(clock);
+  tsan::acquire(clock);
   return b.result;
 }
 
@@ -791,14 +805,14 @@ static Meeting& gather(const char* name, unsigned mask, uint64_t value, Place he
   }
   meeting->values[me.lane()] = value;
   meeting->arrived |= bit;
-  if (orders) __tsan_release(&meeting->clock);
+  if (orders) tsan::release(&meeting->clock);
   if (meeting->arrived == mask) {
     for (int i = 0; i < kWarp; ++i)
       if ((mask >> i & 1) != 0) wake(b.fibers[static_cast<size_t>(first + i)].get(), meeting);
   } else {
     wait(meeting, name, mask, here);
   }
-  if (orders) __tsan_acquire(&meeting->clock);
+  if (orders) tsan::acquire(&meeting->clock);
   return *meeting;
 }
 
@@ -823,9 +837,9 @@ void sync_lanes(unsigned mask, Place here) {
 // did before; what it saw is taken over by its thread's next fence.
 void before_atomic(void* address) {
   Fiber& me = *current;
-  if (kTsan) {
+  if (tsan::on()) {
     Unseen unseen;
-    if (me.fenced) __tsan_release(address);
+    if (me.fenced) tsan::release(address);
     if (std::find(me.seen.begin(), me.seen.end(), address) == me.seen.end())
       me.seen.push_back(address);
   }
@@ -840,9 +854,9 @@ void before_atomic(void* address) {
 
 void fence() {
   Fiber& me = *current;
-  if (!kTsan) return;
+  if (!tsan::on()) return;
   Unseen unseen;
-  for (void* address : me.seen) __tsan_acquire(address);
+  for (void* address : me.seen) tsan::acquire(address);
   me.seen.clear();
   me.fenced = true;
 }

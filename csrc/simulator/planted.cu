@@ -1,8 +1,8 @@
 // Small kernels with one planted bug each, and correct twins: what the simulator
-// must report and what it must let pass.  `planted NAME` runs one and exits with 0
-// and "ok", 2 and "wrong", or 3 and the launch's error; a sanitizer ends it in its
-// own way.  `planted --list` prints the names; python_tests/test_simulator.py says
-// which build and order must catch each.
+// must report and what it must let pass.  `planted NAME...` runs them and exits with
+// 0, or with 2 where a result is wrong, or with 3 where a launch failed, and says
+// which; a sanitizer ends it in its own way.  `planted --list` prints the names;
+// python_tests/test_simulator.py says which build must catch each, and how.
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -186,6 +186,10 @@ __global__ void mask_lacks_the_caller(int* out) {
   out[threadIdx.x] = __shfl_sync(0xffffu, static_cast<int>(threadIdx.x), 0);
 }
 
+__global__ void mask_of_lanes_never_there(int* out) {
+  if (threadIdx.x >= 32) out[threadIdx.x] = __any_sync(~0u, 1);
+}
+
 __global__ void two_collectives(int* out) {
   if (threadIdx.x < 7)
     out[threadIdx.x] = __any_sync(~0u, 1);
@@ -193,12 +197,11 @@ __global__ void two_collectives(int* out) {
     out[threadIdx.x] = __shfl_sync(~0u, 1, 0);
 }
 
+// Lane 0 waits for lane 1, which waits for lane 2, which waits for lane 0.
 __global__ void wait_for_each_other(int* out) {
-  if (threadIdx.x == 1)
-    __syncthreads();
-  else
-    __syncwarp();
-  out[threadIdx.x] = 1;
+  const unsigned t = threadIdx.x;
+  if (t < 3) __syncwarp(1u << t | 1u << (t + 1) % 3);
+  out[t] = 1;
 }
 
 __global__ void wait_for_a_flag(int* flag) {
@@ -206,10 +209,10 @@ __global__ void wait_for_a_flag(int* flag) {
   }
 }
 
-template <void (*kKernel)(int*)>
+template <void (*kKernel)(int*), int kThreads = 64>
 int run_simple() {
   auto out = array<int>(64);
-  return launch(kKernel, {1, 64}, out.get());
+  return launch(kKernel, {1, kThreads}, out.get());
 }
 
 int run_two_blocks_one_word() {
@@ -276,6 +279,15 @@ __global__ void past_a_static_array(float* out) {
   out[threadIdx.x] = s[threadIdx.x & 31];
 }
 
+// The same where the compiler cannot see the array's length.
+__global__ void past_a_static_array_by_pointer(float* out) {
+  GENREC_SHARED(float, s, 63);
+  float* p = s;
+  if (threadIdx.x < 63) p[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = p[threadIdx.x];
+}
+
 template <void (*kKernel)(float*)>
 int run_floats() {
   auto out = array<float>(64);
@@ -302,7 +314,7 @@ __global__ void static_too_large(int* out) {
   out[threadIdx.x] = static_cast<int>(s[threadIdx.x]);
 }
 
-__global__ void shift_by(int* out, int by) { out[threadIdx.x] = 1 << (by + 0 * threadIdx.x); }
+__global__ void shift_by(int* out, int by) { out[threadIdx.x] = 1 << by; }
 
 template <int kBy>
 int run_shift() {
@@ -578,12 +590,14 @@ const Case cases[] = {
     {"full_mask_in_half_a_warp", run_simple<full_mask_in_half_a_warp>},
     {"lane_outside_the_mask", run_simple<lane_outside_the_mask>},
     {"mask_lacks_the_caller", run_simple<mask_lacks_the_caller>},
+    {"mask_of_lanes_never_there", run_simple<mask_of_lanes_never_there, 40>},
     {"two_collectives", run_simple<two_collectives>},
     {"wait_for_each_other", run_simple<wait_for_each_other>},
     {"wait_for_a_flag", run_simple<wait_for_a_flag>},
     {"word_never_written", run_never_written},
     {"wide_load_of_narrow_array", run_floats<wide_load_of_narrow_array>},
     {"past_a_static_array", run_floats<past_a_static_array>},
+    {"past_a_static_array_by_pointer", run_floats<past_a_static_array_by_pointer>},
     {"dynamic_too_small", run_dynamic<64 * 400 * 4 - 4>},
     {"dynamic_over_the_limit", run_dynamic<300 << 10>},
     {"dynamic_without_attribute", run_without_attribute},
@@ -610,6 +624,18 @@ const Case cases[] = {
     {"shares_overlap", run_shares<1>},
 };
 
+int run_one(const char* name) {
+  for (const Case& c : cases) {
+    if (std::strcmp(name, c.name) != 0) continue;
+    const int code = c.run();
+    if (code == kWrong) return std::printf("%s: wrong\n", name), 2;
+    if (code == cudaSuccess) return std::printf("%s: ok\n", name), 0;
+    std::printf("%s: %s\n", name, cudaGetErrorString(static_cast<cudaError_t>(code)));
+    return 3;
+  }
+  return std::printf("%s: no such case\n", name), 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -617,14 +643,7 @@ int main(int argc, char** argv) {
     for (const Case& c : cases) std::puts(c.name);
     return 0;
   }
-  for (const Case& c : cases) {
-    if (argc != 2 || std::strcmp(argv[1], c.name) != 0) continue;
-    const int code = c.run();
-    if (code == kWrong) return std::puts("wrong"), 2;
-    if (code == cudaSuccess) return std::puts("ok"), 0;
-    std::printf("error: %s\n", cudaGetErrorString(static_cast<cudaError_t>(code)));
-    return 3;
-  }
-  std::fprintf(stderr, "usage: planted NAME | --list\n");
-  return 1;
+  int worst = argc < 2 ? 1 : 0;
+  for (int i = 1; i < argc; ++i) worst = std::max(worst, run_one(argv[i]));
+  return worst;
 }
