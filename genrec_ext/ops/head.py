@@ -59,9 +59,8 @@ def _levels(
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating, got {x.dtype}")
     if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden and weight must have one width d, got {hidden.shape[-1]} and {weight.shape[-1]}"
-        )
+        given = f"{hidden.shape[-1]} and {weight.shape[-1]}"
+        raise ValueError(f"hidden and weight must have one width d, got {given}")
     if hidden.device != weight.device:
         raise ValueError(
             f"hidden and weight must be on one device, got {hidden.device} and {weight.device}"
