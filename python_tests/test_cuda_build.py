@@ -1,0 +1,168 @@
+"""What nvcc makes of the CUDA sources, and what of CUDA works without a GPU.
+
+Each ``.cu`` is compiled for every architecture that is shipped; the resources of its kernels and
+the width of their loads are pinned, since neither shows in results.
+"""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import genrec_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+ARCHITECTURES = ("80", "90", "100")
+
+# Most registers a thread, by kernel: above these fewer blocks share a processor.
+REGISTERS = {
+    "fused_sequences": 104,
+    "normalize_rows": 80,
+    "sum_parts": 72,
+    "finish_rows": 64,
+    "grad_rows": 56,
+    "score_sequences": 80,
+    "score_logps": 80,
+    "scale_rows": 40,
+    "add_up": 40,
+    "advantages": 80,
+}
+STATIC_SHARED = 4096  # bytes
+# Kernels that move whole rows: 16 bytes an instruction, in and out.
+WIDE_LOADS = ("fused_sequences", "normalize_rows", "sum_parts", "grad_rows", "scale_rows")
+WIDE_STORES = ("fused_sequences", "grad_rows", "scale_rows")
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def kernel_of(symbol):
+    """(kernel's name, the type it is made for) of a mangled symbol."""
+    name = next((k for k in REGISTERS if re.search(rf"\d{k}I", symbol)), None)
+    types = {"f": "float", "d": "double", "NS_6bf16_tE": "bf16", "NS_5f16_tE": "f16"}
+    kind = re.search(rf"\d{name}I(f|d|NS_6bf16_tE|NS_5f16_tE|[A-Z0-9_]+?)E", symbol)
+    return name, types.get(kind[1], kind[1]) if kind else ""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{(source, architecture): (cubin, what ptxas said)}"""
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile_one(job):
+        source, architecture = job
+        cubin = folder / f"{source.stem}_{architecture}.cubin"
+        command = [
+            *("nvcc", "-std=c++20", "-O3", "-lineinfo", "-Xptxas", "-v", "-cubin"),
+            *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
+            *("-I", ROOT / "csrc", "-o", cubin, source),
+        ]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-6000:]
+        return cubin, result.stderr
+
+    jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+
+
+@needs_nvcc
+def test_kernels_do_not_spill_and_keep_their_ceilings(compiled):
+    assert SOURCES
+    for (source, architecture), (_, text) in compiled.items():
+        entries = text.split("Compiling entry function '")[1:]
+        assert len(entries) >= 20, "ptxas tells of too few kernels"
+        for entry in entries:
+            name, kind = kernel_of(entry.split("'", 1)[0])
+            what = f"{source.name}, sm_{architecture}: {name}<{kind}>"
+            assert name is not None, f"a kernel without a ceiling here: {entry[:200]}"
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+            assert spills.groups() == ("0", "0"), f"{what} spills: {spills[0]}"
+            registers = int(re.search(r"Used (\d+) registers", entry)[1])
+            assert registers <= REGISTERS[name], f"{what} uses {registers} registers"
+            shared = re.search(r"(\d+) bytes smem", entry)
+            assert int(shared[1] if shared else 0) <= STATIC_SHARED, f"{what}: {shared[0]}"
+
+
+def disassembler():
+    """cuobjdump and the nvdisasm it calls: of the toolkit, or of NVIDIA's packages on PyPI."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    places = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/cuobjdump")
+    return next(map(str, places), None)
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
+def test_rows_move_in_128_bits(compiled):
+    for (source, architecture), (cubin, _) in compiled.items():
+        text = subprocess.run(
+            [disassembler(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        functions = re.split(r"\n\s*Function : ", text)[1:]
+        assert len(functions) >= 20
+        for function in functions:
+            symbol = function.split(None, 1)[0]
+            name, kind = kernel_of(symbol)
+            what = f"{source.name}, sm_{architecture}: {name}<{kind}>"
+            if name in WIDE_LOADS:
+                assert re.search(r"\bLDG\.E\.128", function), f"{what} has no 16-byte load"
+            if name in WIDE_STORES:
+                assert re.search(r"\bSTG\.E\.128", function), f"{what} has no 16-byte store"
+            assert not re.search(r"\b(LDL|STL)\b", function), f"{what} uses local memory"
+
+
+# ---- shapes and devices, without a GPU ----
+
+
+def fake_calls():
+    """Every operator on tensors that claim to be on CUDA: (name, outputs)."""
+    x = torch.empty(4, 3, 100, device="cuda", dtype=torch.bfloat16)
+    tokens = torch.empty(4, 3, dtype=torch.long, device="cuda")
+    old, advantages = torch.empty(4, 3, device="cuda"), torch.empty(4, device="cuda")
+    rewards, weights = torch.empty(2, 3, 1, device="cuda"), torch.empty(1, device="cuda")
+    hidden = torch.empty(4, 3, 8, device="cuda", dtype=torch.bfloat16)
+    head = torch.empty(50, 8, device="cuda", dtype=torch.bfloat16)
+    loss, stats = genrec_ext.sage_loss(x, tokens, old, advantages, return_stats=True)
+    return {
+        "sage_loss": (loss, *stats),
+        "sage_loss_from_logps": (genrec_ext.sage_loss_from_logps(old, old, advantages),),
+        "token_logps": genrec_ext.token_logps(x, tokens),
+        "decoupled_advantages": (genrec_ext.decoupled_advantages(rewards, weights),),
+        "level_logits": (genrec_ext.level_logits(hidden, head, [(0, 5), (5, 9), (9, 20)]),),
+    }
+
+
+def test_fake_tensors_on_cuda():
+    with FakeTensorMode(), torch.no_grad():
+        outputs = fake_calls()
+    shapes = {name: [tuple(x.shape) for x in values] for name, values in outputs.items()}
+    assert shapes["sage_loss"] == [()] * 8
+    assert shapes["token_logps"] == [(4, 3), (4, 3)]
+    assert shapes["decoupled_advantages"] == [(2, 3)]
+    assert shapes["level_logits"] == [(4, 3, 11)]
+    for name, values in outputs.items():
+        assert all(x.device.type == "cuda" for x in values), name
+    assert outputs["level_logits"][0].dtype == torch.bfloat16
+    assert outputs["token_logps"][0].dtype == torch.float32
+
+
+def test_tracing_for_cuda_keeps_the_operators_whole():
+    with FakeTensorMode(), torch.no_grad():
+        graph = make_fx(lambda x, t, o, a: genrec_ext.sage_loss(x, t, o, a))(
+            torch.empty(4, 3, 100, device="cuda"),
+            torch.empty(4, 3, dtype=torch.long, device="cuda"),
+            torch.empty(4, 3, device="cuda"),
+            torch.empty(4, device="cuda"),
+        )
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert "genrec.sage_loss_forward.default" in called
+    assert not any("softmax" in name for name in called)
