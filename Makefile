@@ -46,7 +46,7 @@ test: $(VENV)/installed
 	$(BIN)/pytest --doctest-modules --pyargs genrec_ext python_tests
 
 bench: $(VENV)/installed
-	$(BIN)/python bench/bench_policy.py
+	$(BIN)/python bench/bench_sage.py
 	$(BIN)/python bench/bench_trie.py
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')

@@ -18,22 +18,70 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    methods: dict[str, Callable[[], Any]], repeats: int = 9, warmup: int = 1
+    methods: dict[str, Callable[[], Any]], repeats: int = 9, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """Times methods in turns, so that a busy machine slows all alike.
 
+    On CUDA by events, with the second-level cache overwritten before each run.
     Returns milliseconds by method: median, p20 and p80.
     """
+    time_once = _cuda_timer() if device == "cuda" else _wall_clock
     for method in methods.values():
         for _ in range(warmup):
             method()
     times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
-            start = time.perf_counter()
-            method()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(time_once(method))
     return {name: quantiles(values) for name, values in times.items()}
+
+
+def _wall_clock(method: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = method()
+    stop = time.perf_counter()
+    del result  # freeing is not timed
+    return (stop - start) * 1e3
+
+
+def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+
+    def time_once(method: Callable[[], Any]) -> float:
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = method()
+        stop.record()
+        stop.synchronize()
+        del result
+        return start.elapsed_time(stop)
+
+    return time_once
+
+
+def peak_memory(method: Callable[[], Any], device: str = "cpu") -> float:
+    """MiB that a call holds at its peak, beyond what was there before it; its result counts."""
+    method()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    method()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """A line of this process's status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -66,25 +114,46 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(
-    name: str, title: str, command: str, header: list[str], rows: list[list[str]], raw: Any
-) -> None:
-    """Writes results/<name>.md and .json, and prints the table."""
-    RESULTS.mkdir(exist_ok=True)
+def machine_line() -> str:
+    """The machine in one sentence, for the head of a table."""
     facts = machine()
-    lines = [
-        f"# {title}",
-        "",
-        f"`{command}` on {facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}, "
-        f"torch {facts['torch']}, default allocator. Medians of interleaved runs, milliseconds.",
-        "",
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {facts['torch']}, CUDA {torch.version.cuda}"
+    return (
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}, "
+        f"torch {facts['torch']}, default allocator"
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
     ]
+
+
+def write_report(name: str, title: str, command: str, sections: list[str], raw: Any) -> None:
+    """Writes results/<name>.md, of lines already made, and .json; prints the first."""
+    RESULTS.mkdir(exist_ok=True)
+    lines = [
+        f"# {title}",
+        "",
+        f"`{command}` on {machine_line()}. Medians of interleaved runs, milliseconds.",
+        "",
+        *sections,
+    ]
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
     (RESULTS / f"{name}.json").write_text(
-        json.dumps({"machine": facts, "command": command, "results": raw}, indent=1) + "\n"
+        json.dumps({"machine": machine(), "command": command, "results": raw}, indent=1) + "\n"
     )
     print("\n".join(lines))
+
+
+def write(
+    name: str, title: str, command: str, header: list[str], rows: list[list[str]], raw: Any
+) -> None:
+    """A report of one table."""
+    write_report(name, title, command, table(header, rows), raw)

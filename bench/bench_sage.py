@@ -1,0 +1,413 @@
+"""sage_loss against a copy of the logits, plain and compiled PyTorch, and the peers at hand.
+
+python bench/bench_sage.py [--device cuda] [--quick] [--only loss|support|head]
+
+- loss: forward, and forward with gradient, at the shapes of spec/sage.md.  The bytes that must
+  move are one read of the logits and one write of the gradient, which is what `logits.clone()`
+  moves; "of copy" is the share of its bandwidth.
+- support: the same operator over 256-wide levels of a large vocabulary.
+- head: language-model head and loss together, where `level_logits` computes a level's rows only.
+
+TRL's and Liger's own code is used where it is installed (`pip install trl liger-kernel`): TRL's
+token log-probabilities and fused head, Liger's fused linear loss and, on CUDA, its Triton GRPO.
+Their objectives are not SAGE; the work that is compared, from logits or hidden states to a
+gradient, is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import RESULTS, interleaved, machine_line, peak_memory, table, write_report
+
+import genrec_ext
+from genrec_ext import reference
+
+SHAPES = [(4096, 4, 1024), (512, 4, 8192), (64, 5, 151_936)]
+QUICK = [(256, 4, 1024), (8, 5, 32_000)]
+Methods = dict[str, Callable[[], Any]]
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def from_logps(logps: torch.Tensor, old, advantages, entropy) -> torch.Tensor:
+    """A sequence loss in plain PyTorch from log-probabilities, as the peers' trainers have it."""
+    return reference.sage_loss_from_logps(logps, old, advantages, entropy=entropy)
+
+
+# ---- the loss ----
+
+
+def loss_methods(shape, dtype, device) -> tuple[Methods, Methods]:
+    """(forward with gradient, forward alone)"""
+    N, T, V = shape
+    logits = torch.randn(shape, device=device).to(dtype)
+    tokens = torch.randint(0, V, (N, T), device=device)
+    old = genrec_ext.token_logps(logits, tokens)[0] + 0.1 * torch.randn(N, T, device=device)
+    advantages, entropy = torch.randn(N, device=device), torch.rand(N, device=device)
+    # The logits of a model are no leaf: their gradient goes on, it is not kept.
+    source = logits.requires_grad_()
+    spare = logits.detach().clone().requires_grad_()
+    compiled = torch.compile(reference.sage_loss)
+
+    def genrec(x, **settings):
+        return genrec_ext.sage_loss(x, tokens, old, advantages, entropy=entropy, **settings)
+
+    def cross_entropy(x):
+        logps = -torch.nn.functional.cross_entropy(
+            x.view(-1, V), tokens.view(-1), reduction="none"
+        ).view(N, T)
+        return from_logps(logps.float(), old, advantages, entropy)
+
+    losses: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "genrec": genrec,
+        "eager": lambda x: reference.sage_loss(x, tokens, old, advantages, entropy=entropy),
+        "compiled": lambda x: compiled(x, tokens, old, advantages, entropy=entropy),
+        "cross-entropy": cross_entropy,
+    }
+    if installed("trl"):
+        from trl.trainer.utils import selective_log_softmax
+
+        losses["TRL"] = lambda x: from_logps(
+            selective_log_softmax(x, tokens).float(), old, advantages, entropy
+        )
+    if device == "cuda" and installed("liger_kernel"):
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+        wider = torch.cat([logits.detach(), logits.detach()[:, :1]], 1).requires_grad_()
+
+        def liger(x):
+            loss, *_ = triton_grpo_loss(
+                wider,
+                old_logp=old,
+                ref_logp=None,
+                completion_ids=tokens,
+                advantages=advantages,
+                completion_mask=torch.ones_like(tokens),
+                beta=0.0,
+                importance_sampling_level="sequence",
+            )
+            return loss.mean()
+
+        losses["Liger, Triton GRPO"] = liger
+
+    def with_gradient(loss, x):
+        value = loss(x)
+        return torch.autograd.grad(value, x, allow_unused=True)
+
+    both: Methods = {"clone": lambda: logits.detach().clone()}
+    both["genrec in place"] = lambda: with_gradient(lambda x: genrec(x, inplace_grad=True), spare)
+    forward: Methods = {"clone": lambda: logits.detach().clone()}
+    for name, loss in losses.items():
+        both[name] = lambda loss=loss: with_gradient(loss, source)
+        forward[name] = lambda loss=loss: loss(source.detach())
+    return both, forward
+
+
+def measure_loss(shapes, device, repeats) -> list[dict]:
+    results = []
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.compiler.reset()
+            both, forward = loss_methods(shape, dtype, device)
+            results.append(
+                {
+                    "shape": shape,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "logits_mib": torch.Size(shape).numel() * dtype.itemsize / 2**20,
+                    "both": interleaved(both, repeats, warmup=2, device=device),
+                    "forward": interleaved(forward, repeats, warmup=2, device=device),
+                    "peak_mib": {k: peak_memory(f, device) for k, f in both.items()},
+                }
+            )
+            print(
+                shape, dtype, {k: v["median"] for k, v in results[-1]["both"].items()}, flush=True
+            )
+    return results
+
+
+def loss_tables(results: list[dict]) -> list[str]:
+    lines = []
+    for key, title in (("both", "Forward and gradient"), ("forward", "Forward alone")):
+        names = list(results[0][key])
+        ratios = key == "both"
+        header = ["N × T × V", "logits", *names]
+        if ratios:
+            header += ["genrec / clone", "in place / clone", "of copy", "eager / genrec"]
+            header += ["compiled / genrec"]
+        rows = []
+        for r in results:
+            times = {k: v["median"] for k, v in r[key].items()}
+            row = [" × ".join(map(str, r["shape"])), r["dtype"]]
+            row += [f"{times[name]:.2f}" for name in names]
+            if ratios:
+                ours, copy = times["genrec"], times["clone"]
+                row += [f"{ours / copy:.2f}", f"{times['genrec in place'] / copy:.2f}"]
+                row += [f"{copy / ours:.0%}", f"{times['eager'] / ours:.1f}"]
+                row += [f"{times['compiled'] / ours:.1f}"]
+            rows.append(row)
+        lines += [f"## {title}", "", *table(header, rows)]
+    names = list(results[0]["peak_mib"])
+    rows = [
+        [" × ".join(map(str, r["shape"])), r["dtype"], f"{r['logits_mib']:.0f}"]
+        + [f"{r['peak_mib'][name]:.0f}" for name in names]
+        for r in results
+    ]
+    head = ["N × T × V", "logits", "logits, MiB", *names]
+    return [*lines, "## Peak memory of forward and gradient, MiB beyond the logits", "",
+            *table(head, rows)]  # fmt: skip
+
+
+# ---- support ----
+
+
+def levels(T: int, width: int = 256) -> list[tuple[int, int]]:
+    return [(1000 + width * t, 1000 + width * (t + 1)) for t in range(T)]
+
+
+def level_tokens(N: int, T: int, device) -> torch.Tensor:
+    starts = torch.tensor([start for start, _ in levels(T)], device=device)
+    return starts + torch.randint(0, 256, (N, T), device=device)
+
+
+def measure_support(shape, device, repeats) -> list[dict]:
+    N, T, _ = shape
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        source = torch.randn(shape, device=device).to(dtype).requires_grad_()
+        tokens, advantages = level_tokens(N, T, device), torch.randn(N, device=device)
+        ranges = torch.tensor(levels(T), device=device)
+        old = genrec_ext.token_logps(source.detach(), tokens, ranges=ranges)[0]
+
+        def run(x, loss=genrec_ext.sage_loss, tokens=tokens, old=old, a=advantages, **settings):
+            return loss(x, tokens, old, a, **settings)
+
+        def gradient(x, run=run, **settings):
+            return torch.autograd.grad(run(x, **settings), x)
+
+        methods: Methods = {
+            "all columns": lambda x=source, f=gradient: f(x),
+            "ranges": lambda x=source, f=gradient, r=ranges: f(x, ranges=r),
+            "all columns, forward": lambda x=source, f=run: f(x.detach()),
+            "ranges, forward": lambda x=source, f=run, r=ranges: f(x.detach(), ranges=r),
+            "eager, all columns": lambda x=source, f=gradient: f(x, loss=reference.sage_loss),
+        }
+        results.append(
+            {
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "both": interleaved(methods, repeats, warmup=2, device=device),
+                "peak_mib": {k: peak_memory(f, device) for k, f in methods.items()},
+            }
+        )
+    return results
+
+
+# ---- head and loss ----
+
+
+def head_methods(N, T, V, d, dtype, device) -> Methods:
+    hidden = torch.randn(N, T, d, device=device).to(dtype).requires_grad_()
+    weight = (0.03 * torch.randn(V, d, device=device)).to(dtype).requires_grad_()
+    tokens, advantages = level_tokens(N, T, device), torch.randn(N, device=device)
+    ranges = levels(T)
+    starts = torch.tensor([start for start, _ in ranges], device=device)
+    columns = torch.tensor(ranges, device=device)
+    old = torch.full((N, T), -5.5, device=device)
+    both = (hidden, weight)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, both)
+
+    def eager():
+        return gradient(reference.sage_loss(hidden @ weight.t(), tokens, old, advantages))
+
+    def full(**settings):
+        logits = hidden @ weight.t()
+        return gradient(genrec_ext.sage_loss(logits, tokens, old, advantages, **settings))
+
+    def by_level():
+        logits = genrec_ext.level_logits(hidden, weight, ranges)
+        return gradient(genrec_ext.sage_loss(logits, tokens - starts, old, advantages))
+
+    methods: Methods = {
+        "level_logits": by_level,
+        "full head, genrec": full,
+        "full head, genrec, ranges": lambda: full(ranges=columns),
+        "full head, eager": eager,
+    }
+    if installed("trl"):
+        from trl.trainer.utils import add_fused_lm_head
+
+        model = stub_model(hidden, weight)
+        add_fused_lm_head(model)
+
+        def trl():
+            logps = model(shift_labels=tokens, fused_lm_head=True).log_probs
+            return gradient(reference.sage_loss_from_logps(logps.float(), old, advantages))
+
+        methods["TRL, fused head"] = trl
+    if installed("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(
+            beta=0.0, use_ref_model=False, importance_sampling_level="sequence", loss_type="grpo",
+            chunk_size=N,
+        )  # fmt: skip
+        mask = torch.ones_like(tokens)
+
+        def liger():
+            value, _ = loss(hidden, weight, tokens, mask, advantages, old_per_token_logps=old)
+            return gradient(value)
+
+        methods["Liger, fused linear"] = liger
+    return methods
+
+
+def stub_model(hidden, weight):
+    """The parts of a causal language model that TRL's fused head asks for."""
+    config = types.SimpleNamespace()
+    config.get_text_config = lambda: config
+    head = types.SimpleNamespace(weight=weight, bias=None)
+
+    class Model:
+        def __init__(self):
+            self.config = config
+
+        def base_model(self, **_):
+            return types.SimpleNamespace(last_hidden_state=hidden)
+
+        def get_output_embeddings(self):
+            return head
+
+        def forward(self, **_):
+            raise NotImplementedError
+
+        def __call__(self, **arguments):
+            return self.forward(**arguments)
+
+    return Model()
+
+
+def measure_head(shapes, device, repeats) -> list[dict]:
+    results = []
+    for N, T, V, d in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.compiler.reset()
+            methods = head_methods(N, T, V, d, dtype, device)
+            for name, method in list(methods.items()):
+                try:
+                    method()
+                except Exception as error:  # a peer that does not run here is left out, and said
+                    print(f"{name} does not run here: {type(error).__name__}: {error}"[:300])
+                    del methods[name]
+            results.append(
+                {
+                    "shape": (N, T, V, d),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "both": interleaved(methods, repeats, device=device),
+                    "peak_mib": {k: peak_memory(f, device) for k, f in methods.items()},
+                }
+            )
+            print(
+                results[-1]["shape"],
+                dtype,
+                {k: v["median"] for k, v in results[-1]["both"].items()},
+            )
+    return results
+
+
+def against_table(results: list[dict], shape_name: str, base: str) -> list[str]:
+    """Times, memory and how often `base` fits into each."""
+    rows = []
+    for r in results:
+        ours = r["both"][base]["median"]
+        for name, times in r["both"].items():
+            rows.append(
+                [
+                    " × ".join(map(str, r["shape"])),
+                    r["dtype"],
+                    name,
+                    f"{times['median']:.2f}",
+                    f"{r['peak_mib'][name]:.0f}",
+                    f"{times['median'] / ours:.1f}",
+                ]
+            )
+    return table([shape_name, "dtype", "method", "ms", "peak MiB", f"/ {base}"], rows)
+
+
+def picture(name: str, results: dict[str, list[dict]]) -> None:
+    """Bars of each method's time over that of a copy, or over level_logits."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no picture: matplotlib is not installed")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        (f"{' × '.join(map(str, r['shape']))}, {r['dtype']}", r["both"], base)
+        for key, base in (("loss", "clone"), ("head", "level_logits"))
+        for r in results.get(key, [])
+    ]
+    columns = 2
+    rows = (len(panels) + 1) // columns
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(11, 2.4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, times, base) in zip(axes.flat, panels, strict=False):
+        names = [n for n in times if n != base]
+        values = [times[n]["median"] / times[base]["median"] for n in names]
+        colors = ["#1b6ca8" if "genrec" in n or "level" in n else "#b8b8b8" for n in names]
+        bars = axis.barh(names[::-1], values[::-1], color=colors[::-1])
+        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axis.axvline(1, color="#c0392b", linewidth=1)
+        axis.set_title(f"{title}: time / {base}", fontsize=9)
+        axis.set_xlim(0, max(values) * 1.15)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="small shapes, three repeats")
+    parser.add_argument("--only", choices=("loss", "support", "head"))
+    parser.add_argument("--name", help="of the files in bench/results; default by device")
+    options = parser.parse_args()
+    quick, device = options.quick, options.device
+    repeats = 3 if quick else 15 if device == "cpu" else 50
+    wanted = [options.only] if options.only else ["loss", "support", "head"]
+    results: dict[str, list[dict]] = {}
+    sections: list[str] = []
+    if "loss" in wanted:
+        results["loss"] = measure_loss(QUICK if quick else SHAPES, device, repeats)
+        sections += loss_tables(results["loss"])
+    if "support" in wanted:
+        results["support"] = measure_support((QUICK if quick else SHAPES)[-1], device, repeats)
+        sections += ["## 256-wide levels of a large vocabulary", ""]
+        sections += against_table(results["support"], "N × T × V", "ranges")
+    if "head" in wanted:
+        shapes = [(8, 5, 8_192, 64)] if quick else [(64, 5, 151_936, 1024)]
+        results["head"] = measure_head(shapes, device, 3 if quick or device == "cpu" else 20)
+        sections += ["## Head and loss, 256-wide levels", ""]
+        sections += against_table(results["head"], "N × T × V × d", "level_logits")
+    name = options.name or ("sage-quick" if quick else f"sage-{device}")
+    command = "python bench/bench_sage.py" + (" --device cuda" if device == "cuda" else "")
+    write_report(name, f"sage_loss on {machine_line().split(',')[0]}", command, sections, results)
+    picture(name, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What only a GPU can show: `pytest --device cuda`.  Elsewhere only the paths' numbers are tested.
+
+Which path a loss takes depends on its size alone, so the shapes below name them.
+"""
+
+import pytest
+import torch
+
+import genrec_ext
+from genrec_ext import reference
+
+# One block a sequence, clusters of 2, 4 and 8, then three launches; odd sizes among them.
+PATHS = {
+    "a block": (3, 4, 256),
+    "a cluster of two": (2, 4, 5_001),
+    "a cluster of four": (2, 4, 9_000),
+    "a cluster of eight": (1, 8, 11_003),
+    "three launches": (1, 2, 131_075),
+}
+
+
+def batch(shape, device, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    N, T, V = shape
+    logits = torch.randn(shape, generator=g).to(dtype)
+    tokens = torch.randint(0, V, (N, T), generator=g)
+    old = reference.token_logps(logits.double(), tokens)[0] + 0.3 * torch.randn(N, T, generator=g)
+    advantages = torch.randn(N, generator=g)
+    return [x.to(device) for x in (logits, tokens, old.float(), advantages)]
+
+
+def loss_and_grad(loss, logits, *arguments, **settings):
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits, *arguments, **settings)
+    return value.detach(), torch.autograd.grad(value, logits)[0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_equals_float64(path, dtype, device):
+    arguments = batch(PATHS[path], device, dtype)
+    loss, grad = loss_and_grad(genrec_ext.sage_loss, *arguments)
+    wide = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in arguments]
+    want, want_grad = loss_and_grad(reference.sage_loss, *wide)
+    assert want_grad.abs().max() > 1e-4
+    assert (loss.cpu() - want).abs() <= 2e-5 * (1 + want.abs())
+    bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (grad.cpu().double() - want_grad).abs().max() <= bound * want_grad.abs().max()
+    again = loss_and_grad(genrec_ext.sage_loss, *arguments)
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1]), "other bits"
+    spare = arguments[0].detach().clone().requires_grad_()
+    inplace = genrec_ext.sage_loss(spare, *arguments[1:], inplace_grad=True)
+    assert torch.equal(torch.autograd.grad(inplace, spare)[0], grad)
+
+
+@pytest.fixture
+def cuda(device):
+    if device != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    return device
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_waits_for_the_device(path, cuda):
+    logits, *rest = batch(PATHS[path], cuda)
+    rewards, weights = torch.randn(4, 8, 2, device=cuda), torch.ones(2, device=cuda)
+    genrec_ext.sage_loss(logits.requires_grad_(), *rest).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = genrec_ext.sage_loss(logits, *rest, return_stats=True)
+        loss.backward()
+        logps, entropy = genrec_ext.token_logps(logits, rest[0])
+        (logps.sum() + entropy.sum()).backward()
+        genrec_ext.sage_loss_from_logps(logps, *rest[1:]).backward()
+        genrec_ext.decoupled_advantages(rewards, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_capture_in_a_graph(path, cuda):
+    logits, *rest = batch(PATHS[path], cuda)
+    static = logits.clone().requires_grad_()
+
+    def step():
+        static.grad = None
+        loss = genrec_ext.sage_loss(static, *rest)
+        loss.backward()
+        return loss, static.grad
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step()
+    fresh = torch.randn_like(logits)
+    with torch.no_grad():
+        static.copy_(fresh)
+    graph.replay()
+    want_loss, want_grad = loss_and_grad(genrec_ext.sage_loss, fresh, *rest)
+    assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
+
+
+def test_another_stream_sees_its_own_work(cuda):
+    arguments = batch((64, 4, 8192), cuda)
+    want = genrec_ext.sage_loss(*arguments)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would not wait for this
+        logits = arguments[0] * 1
+        got = genrec_ext.sage_loss(logits, *arguments[1:])
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_the_last_device(cuda):
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    arguments = batch((8, 4, 1024), last)
+    loss, grad = loss_and_grad(genrec_ext.sage_loss, *arguments)
+    assert loss.device == grad.device == last
+
+
+def test_more_than_two_to_the_31_elements(cuda):
+    N, T, V = 3601, 4, 151_936
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GiB")
+    logits = torch.randn(1, T, V, device=cuda, dtype=torch.bfloat16).expand(N, T, V)
+    assert logits.numel() > 2**31
+    logits = logits.contiguous()
+    tokens = torch.randint(0, V, (N, T), device=cuda)
+    old = torch.full((N, T), -12.0, device=cuda)
+    advantages = torch.randn(N, device=cuda)
+    config = genrec_ext.SageConfig(reduction="none")
+    _, grad = loss_and_grad(
+        lambda *a: genrec_ext.sage_loss(*a, config=config).sum(), logits, tokens, old, advantages
+    )
+    last = [x[-2:] for x in (logits, tokens, old, advantages)]
+    _, want = loss_and_grad(lambda *a: genrec_ext.sage_loss(*a, config=config).sum(), *last)
+    assert torch.equal(grad[-2:], want)
