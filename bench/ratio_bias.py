@@ -1,9 +1,10 @@
 """The bias of the importance ratio without a support, as a picture: python bench/ratio_bias.py
 
-Rollouts come from the trie-constrained decoder of an old policy.  A new policy is some updates
-away.  Both are scored twice: over the children of each trie node, which is the policy that drew
-the tokens, and over the whole vocabulary, as trainers do that know nothing of the trie.  Under the
-draws, the mean of an importance ratio must be 1.
+Rollouts come from the trie-constrained decoder of an old policy that still gives some probability
+to tokens the catalogue does not allow.  The new policy is some updates away.  Both are scored
+twice: over the children of each trie node, which is the policy that drew the tokens, and over the
+whole vocabulary, as trainers do that know nothing of the trie.  Under the draws, the mean of an
+importance ratio must be 1.
 """
 
 from __future__ import annotations
@@ -39,38 +40,63 @@ def paths(trie: Trie, tokens: torch.Tensor) -> torch.Tensor:
     return nodes
 
 
-def policy(nodes: torch.Tensor, seed: int, scale: float) -> torch.Tensor:
-    """Logits [items, LEVELS, V] of a policy with a table of logits for each prefix."""
-    g = torch.Generator().manual_seed(seed)
-    V = LEVELS * WIDTH
-    tables = [
-        scale * torch.randn(int(nodes[:, t].max()) + 1, V, generator=g) for t in range(LEVELS)
-    ]
-    return torch.stack([table[nodes[:, t]] for t, table in enumerate(tables)], 1)
+class Policy(torch.nn.Module):
+    """A table of logits for each prefix, over the whole vocabulary."""
+
+    def __init__(self, nodes: torch.Tensor, seed: int):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        shape = (LEVELS * WIDTH,)
+        self.tables = torch.nn.ParameterList(
+            torch.randn(int(nodes[:, t].max()) + 1, *shape, generator=g, dtype=torch.float64)
+            for t in range(LEVELS)
+        )
+
+    def forward(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Logits [items, LEVELS, V]."""
+        return torch.stack([table[nodes[:, t]] for t, table in enumerate(self.tables)], 1)
+
+    def learn(self, nodes: torch.Tensor, tokens: torch.Tensor, updates: int) -> None:
+        """Cross-entropy over the catalogue, as in supervised training."""
+        optimizer = torch.optim.Adam(self.parameters(), 0.05)
+        for _ in range(updates):
+            loss = torch.nn.functional.cross_entropy(self(nodes).flatten(0, 1), tokens.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
-def measure(drifts: list[float], seeds: int) -> dict[str, list[list[float]]]:
-    """Mean ratio of whole items under the draws, exactly: every item, times its probability."""
-    means: dict[str, list[list[float]]] = {"children": [], "vocabulary": [], "mixed": []}
-    for drift in drifts:
-        found: dict[str, list[float]] = {name: [] for name in means}
-        for seed in range(seeds):
-            trie, tokens = catalogue(seed)
-            nodes = paths(trie, tokens)
-            old = policy(nodes, 1000 + seed, 2.0)
-            new = old + policy(nodes, 2000 + seed, drift)
-            support = {"trie": trie, "nodes": nodes}
-            inside = [genrec_ext.token_logps(x.double(), tokens, **support)[0] for x in (old, new)]
-            outside = [genrec_ext.token_logps(x.double(), tokens)[0] for x in (old, new)]
-            drawn = inside[0].sum(1).exp()
+BEFORE, UPDATES, STEP = 90, 8, 4
+
+
+def measure(seeds: int) -> dict[str, list[list[float]]]:
+    """Mean ratio of whole items under the draws, exactly: every item, times its probability.
+
+    By scoring, then by how many updates the new policy is away, then by seed.
+    """
+    means: dict[str, list[list[float]]] = {
+        name: [[] for _ in range(UPDATES + 1)] for name in ("children", "vocabulary", "mixed")
+    }
+    for seed in range(seeds):
+        trie, tokens = catalogue(seed)
+        nodes = paths(trie, tokens)
+        policy = Policy(nodes, seed)
+        policy.learn(nodes, tokens, BEFORE)
+        old = policy(nodes).detach()
+        inside_old = genrec_ext.token_logps(old, tokens, trie=trie, nodes=nodes)[0]
+        outside_old = genrec_ext.token_logps(old, tokens)[0]
+        drawn = inside_old.sum(1).exp()
+        for away in range(UPDATES + 1):
+            new = policy(nodes).detach()
+            inside = genrec_ext.token_logps(new, tokens, trie=trie, nodes=nodes)[0]
+            outside = genrec_ext.token_logps(new, tokens)[0]
             for name, logs in (
-                ("children", inside[1] - inside[0]),
-                ("vocabulary", outside[1] - outside[0]),
-                ("mixed", outside[1] - inside[0]),
+                ("children", inside - inside_old),
+                ("vocabulary", outside - outside_old),
+                ("mixed", outside - inside_old),
             ):
-                found[name].append(float((drawn * logs.sum(1).exp()).sum()))
-        for name, values in found.items():
-            means[name].append(values)
+                means[name][away].append(float((drawn * logs.sum(1).exp()).sum()))
+            policy.learn(nodes, tokens, STEP)
     return means
 
 
@@ -83,8 +109,8 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drifts = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
-    means = measure(drifts, seeds=20)
+    means = measure(seeds=10)
+    updates = [STEP * away for away in range(UPDATES + 1)]
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     styles = {
         "children": ("both over the trie's children (support)", "#1b6ca8", "o"),
@@ -94,14 +120,13 @@ def main() -> None:
     for name, (label, color, marker) in styles.items():
         values = torch.tensor(means[name])
         axis.fill_between(
-            drifts, values.min(1).values, values.max(1).values, color=color, alpha=0.15
+            updates, values.min(1).values, values.max(1).values, color=color, alpha=0.15
         )
-        axis.plot(drifts, values.median(1).values, color=color, marker=marker, label=label)
+        axis.plot(updates, values.median(1).values, color=color, marker=marker, label=label)
         shown = ", ".join(f"{v:.3g}" for v in values.median(1).values)
         print(f"{label}: {shown}")
     axis.axhline(1, color="black", linewidth=0.6)
-    axis.set_yscale("log")
-    axis.set_xlabel("how far the new policy's logits have moved (standard deviation)")
+    axis.set_xlabel("updates between the policy that drew the items and the one that is scored")
     axis.set_ylabel("mean importance ratio of an item")
     axis.set_title("Rollouts of a constrained decoder: the ratio's mean must be 1", fontsize=10)
     axis.legend(fontsize=8)

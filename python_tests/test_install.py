@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,14 @@ def test_cuda_library_builds_links_and_loads_without_a_gpu(installed, checkout, 
         "print(all(has('genrec::' + name, key) for name in names for key in ('CPU', 'CUDA')))"
     )
     assert run(python, "-c", code, cwd=tmp_path).strip() == "True"
+    # Schemas, Meta, fake tensors on CUDA and tracing, with the CUDA library in the process.
+    chosen = "opcheck or fake_tensors or tracing or compiles or registered"
+    files = [ROOT / "python_tests" / name for name in ("test_policy.py", "test_cuda_build.py")]
+    report = run(
+        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files),
+        cwd=tmp_path,
+    )
+    assert int(re.search(r"(\d+) passed", report)[1]) > 10
 
 
 def test_a_wrong_torch_is_refused_with_a_sentence(checkout, tmp_path):

@@ -219,28 +219,51 @@ def test_the_package_has_no_simulator():
         assert b"GENREC_SIMULATOR_ORDER" not in library.read_bytes(), library
 
 
-def test_operators_over_simulated_kernels(simulator, tmp_path):
-    """The whole policy suite through the CUDA library's host code, in a copy of the package."""
+def suite(tmp_path, library, files, env):
+    """pytest's report on these files, run in a copy of the package whose library is another."""
     package = tmp_path / "genrec_ext"
     shutil.copytree(
         Path(genrec_ext.__file__).parent,
         package,
         ignore=shutil.ignore_patterns("__pycache__", "lib*.so"),
     )
-    shutil.copy2(simulator / "libgenrec_cpu.so", package)
+    shutil.copy2(library, package / "libgenrec_cpu.so")
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("--rootdir", str(tmp_path), str(ROOT / "python_tests" / "test_policy.py")),
+            *("--rootdir", str(tmp_path), *(str(ROOT / "python_tests" / name) for name in files)),
         ],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "GENREC_SIMULATED": "1"},
+        env={**os.environ, **env, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        errors="replace",
     )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", result.stdout)[1])
-    assert passed > 200, result.stdout[-2000:]
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    return int(re.search(r"(\d+) passed", result.stdout)[1])
+
+
+def test_operators_over_simulated_kernels(simulator, tmp_path):
+    """The policy suite through the CUDA library's host code: checks, strides, autograd."""
+    files = ("test_policy.py", "test_cuda_device.py")
+    library = simulator / "libgenrec_cpu.so"
+    assert suite(tmp_path, library, files, {"GENREC_SIMULATED": "1"}) > 220
+
+
+def test_cpu_operators_under_the_sanitizers(simulator, tmp_path):
+    """The CPU's own kernels and checks: nothing is read or written out of range."""
+    compiler = tool("c++")
+    preload = [
+        subprocess.run(
+            [compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(map(os.path.isabs, preload)):
+        pytest.skip("the sanitizers' libraries are not to be found beside the compiler")
+    env = {**SANITIZERS, "LD_PRELOAD": ":".join(preload)}
+    files = ("test_policy.py", "test_trie.py")
+    assert suite(tmp_path, simulator / "sanitized" / "libgenrec_cpu.so", files, env) > 250
 
 
 def test_a_launch_error_becomes_a_runtime_error(simulator, tmp_path):
