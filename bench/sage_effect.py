@@ -30,7 +30,7 @@ from genrec_ext.training.rl import Rollout, list_entropy
 
 K = 10
 SETTING = RLConfig(
-    steps=25, updates=8, rate=1e-3, weights=(1.0, 0.5, 2.0, 0.1), cold_count=10, clamp=12.0
+    steps=10, users=256, updates=8, weights=(1.0, 0.5, 2.0, 0.1), cold_count=10, clamp=12.0
 )
 METHODS: dict[str, SageConfig | None] = {
     "no RL": None,
@@ -39,21 +39,27 @@ METHODS: dict[str, SageConfig | None] = {
     "GSPO": SageConfig(objective="gspo"),
     "GRPO": SageConfig(objective="grpo"),
     "SAGE, no boost": SageConfig(eps_boost=0.0),
-    "SAGE, no penalty": SageConfig(entropy_penalty=0.0),
     "SAGE, multiplier": SageConfig(boost_mode="multiplier"),
 }
+MILD, STRONG = 3e-4, 2e-3
+BLOCKS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("no RL",), 0.0),
+    (("SAGE", "GBPO", "GSPO", "GRPO"), STRONG),
+    (("SAGE", "GBPO"), MILD),
+    (("SAGE, no boost", "SAGE, multiplier"), STRONG),
+)
 RARE = SETTING.cold_count
 
 
 class Watched(SageTrainer):
-    """Notes, in every fifth batch and before each update, what the objective makes of each row."""
+    """Notes, in every third batch and before each update, what the objective makes of each row."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.noted: list[dict[str, np.ndarray]] = []
 
     def update(self, lists: Rollout) -> tuple[float, SageStats]:
-        if self.step % 5 == 4:
+        if self.step % 3 == 1:
             self.note(lists)
         return super().update(lists)
 
@@ -100,33 +106,35 @@ class Watched(SageTrainer):
             for key in self.noted[0]
         }
         last = np.concatenate([n["ratio"] for n in self.noted[updates - 1 :: updates]])
-        up, rare = rows["advantage"] > 0, rows["count"] <= RARE
-        capped = np.abs(rows["weight"]) < np.abs(rows["advantage"]) * rows["ratio"] * (1 - 1e-5)
-        beyond = rows["ratio"] > 1 + 1e-5
-        push = np.abs(rows["weight"])
-        c = push / np.maximum(np.abs(rows["advantage"]), 1e-12)
+        advantage, taken, rare = rows["advantage"], rows["taken"], rows["count"] <= RARE
+        push, up = np.abs(rows["weight"]), advantage > 0
+        c = push / np.maximum(np.abs(advantage), 1e-12)
         result = {
             "ratio_last_p5": np.quantile(last, 0.05),
             "ratio_last_p50": np.quantile(last, 0.5),
             "ratio_last_p95": np.quantile(last, 0.95),
-            "rare_rows": rare.mean(),
-            "rare_rows_written": (rare & ~rows["taken"]).sum() / (~rows["taken"]).sum(),
-            "rare_taken": rare[rows["taken"]].mean(),
+            "rare_written": (rare & ~taken).sum() / (~taken).sum(),
+            "rare_taken": rare[taken].mean(),
             "taken_found": rows["found"].mean(),
             "list_entropy": rows["entropy"].mean(),
-            "advantage_rare_taken": rows["advantage"][rows["taken"] & rare].mean(),
-            "advantage_other_taken": rows["advantage"][rows["taken"] & ~rare].mean(),
-            "at_clamp": (rows["advantage"] > self.config.clamp - 1e-3).mean(),
-            "push_rare_up": push[up & rare].sum() / push.sum(),
-            "push_down": push[~up].sum() / push.sum(),
+            "at_clamp": (advantage > self.config.clamp - 1e-3).mean(),
         }
-        for name, which in (("rare_up", up & rare), ("other_up", up & ~rare), ("down", ~up)):
-            result[f"{name}_share"] = which.mean()
-            result[f"{name}_beyond_1"] = beyond[which].mean()
-            result[f"{name}_capped"] = capped[which].mean()
-            result[f"{name}_ratio"] = rows["ratio"][which].mean()
-            result[f"{name}_c"] = c[which].mean()
-            result[f"{name}_boost"] = rows["boost"][which].mean()
+        for name, which in (
+            ("rare_taken", taken & rare & up),
+            ("other_taken", taken & ~rare & up),
+            ("rest_up", up & ~taken),
+            ("down", ~up),
+        ):
+            ratio = rows["ratio"][which]
+            result[f"{name}/share_of_rows"] = which.mean()
+            result[f"{name}/share_of_push"] = push[which].sum() / push.sum()
+            result[f"{name}/advantage"] = advantage[which].mean()
+            result[f"{name}/ratio"] = ratio.mean()
+            result[f"{name}/beyond_1"] = (ratio > 1 + 1e-5).mean()
+            result[f"{name}/beyond_1.3"] = (ratio > 1.3).mean()
+            result[f"{name}/capped"] = (c[which] < ratio * (1 - 1e-5)).mean()
+            result[f"{name}/c"] = c[which].mean()
+            result[f"{name}/boost"] = rows["boost"][which].mean()
         return {key: float(value) for key, value in result.items()}
 
 
@@ -142,12 +150,13 @@ def figures(model: Any, trie: Any, histories: Any, targets: np.ndarray, split: S
     counts = split.train_counts()
     group = evaluation.collision_groups(model.codes.numpy())
     result = evaluation.figures(items, targets, split, group)
-    rare, users = metrics.cold_recall(items, targets, K, counts, RARE, group)
+    # By how often the target occurs in training: recall, and how many users it is the mean of.
+    upto = {n: metrics.cold_recall(items, targets, K, counts, n, group) for n in (0, 2, 5, RARE)}
     shown = counts[items[items >= 0]]
     return {
         **result,
-        f"rare_recall@{K}": rare,
-        "rare_users": users,
+        **{f"recall_upto_{n}": value for n, (value, _) in upto.items()},
+        **{f"users_upto_{n}": users for n, (_, users) in upto.items()},
         f"list_entropy@{K}": list_entropy(scores).mean().item(),
         f"list_variety@{K}": (
             (first.unsqueeze(1) != first.unsqueeze(2)).float().sum((1, 2)).mean().item()
@@ -203,24 +212,40 @@ def sweep(data: str, seeds: int, work: Path) -> None:
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
-    done = {(line["method"], line["rate"], line["seed"]) for line in lines_of(path)}
+    done = {(line["method"], line["seed"], line["setting"]) for line in lines_of(path)}
     for seed in range(seeds):
         start(folder, data, seed)
-    # Seeds outermost within each block: an unfinished sweep has whole seeds of the main block.
-    for methods, rate in BLOCKS:
-        for seed in range(seeds):
+        for methods, rate in BLOCKS:
+            setting = dataclasses.replace(SETTING, rate=rate)
             for method in methods:
-                if (method, rate, seed) in done:
+                key = {
+                    "method": method,
+                    "seed": seed,
+                    "setting": json.dumps(vars(setting), default=vars),
+                }
+                if tuple(key.values()) in done:
                     continue
-                setting = dataclasses.replace(SETTING, rate=rate)
-                line = measure(folder, seed, setting, METHODS[method], "test")
-                line = {"data": name, "method": method, "rate": rate, "seed": seed, **line}
+                line = {"data": name, "rate": rate, **key}
+                line |= measure(folder, seed, setting, METHODS[method], "test")
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(method, rate, seed, f"{line['test']['recall@10']:.4f}", line["seconds"])
+                print(name, method, rate, seed, f"{line['test']['recall@10']:.4f}", line["seconds"])
 
 
-# ---- what is seen: intervals over seeds, table, picture ----
+# ---- what is seen: intervals over seeds, tables, picture ----
+
+SHOWN = {
+    f"recall@{K}": f"Recall@{K}",
+    f"recall_upto_{RARE}": f"Recall@{K}, rare targets",
+    f"entropy@{K}": f"entropy@{K}",
+    f"list_entropy@{K}": f"list entropy@{K}",
+    f"list_variety@{K}": f"list variety@{K}",
+    f"coverage@{K}": f"coverage@{K}",
+    "rare_slots": "rare items shown",
+}
+ROWS = [(method, rate) for methods, rate in BLOCKS for method in methods]
+Values = dict[tuple[str, float], dict[int, dict[str, Any]]]
+"""(method, rate) -> seed -> the line of that run."""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -231,3 +256,189 @@ def interval(values: list[float]) -> tuple[float, float]:
 
     spread = np.std(values, ddof=1) / math.sqrt(len(values))
     return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * spread)
+
+
+def by_method(lines: list[dict[str, Any]], name: str) -> Values:
+    found: Values = {}
+    for line in lines:
+        if line["data"] == name:
+            found.setdefault((line["method"], line["rate"]), {})[line["seed"]] = line
+    return {row: found[row] for row in ROWS if row in found}
+
+
+def differences(values: Values, row: Any, base: Any, metric: str) -> list[float]:
+    """A metric's differences, seed by seed, where both were run."""
+    seeds = sorted(set(values[row]) & set(values[base]))
+    return [values[row][s]["test"][metric] - values[base][s]["test"][metric] for s in seeds]
+
+
+def label(row: tuple[str, float]) -> str:
+    method, rate = row
+    return method if rate == 0 else f"{method}, rate {rate:g}"
+
+
+def cell(values: list[float], sign: str = "", digits: int = 4) -> str:
+    """`mean ± half-width`, without leading zeros; bold where a difference's interval leaves 0."""
+    mean, half = interval(values)
+    text = f"{mean:{sign}.{digits}f}".replace("0.", ".", 1)
+    if not math.isnan(half):
+        text += f" ± {half:.{digits}f}".replace("0.", ".", 1)
+    return f"**{text}**" if sign and abs(mean) > half else text
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+WATCHED = {
+    "ratio_last_p5": "r, 5%",
+    "ratio_last_p95": "r, 95%",
+    "rare_written": "rare among written",
+    "rare_taken/share_of_push": "push, rare taken",
+    "rare_taken/ratio": "r, rare taken",
+    "rare_taken/beyond_1": "of them r > 1",
+    "rare_taken/capped": "of them capped",
+    "rare_taken/c": "c, rare taken",
+    "other_taken/c": "c, other taken",
+    "down/c": "c, negatives",
+    "list_entropy": "list entropy",
+}
+
+
+def tables(lines: list[dict[str, Any]], name: str) -> list[str]:
+    """A data set's tables in Markdown."""
+    values = by_method(lines, name)
+    plain = values["no RL", 0.0]
+    users = next(iter(plain.values()))["test"]
+    text = [
+        f"## {name}",
+        "",
+        f"{len(plain)} seeds. Test, mean ± half of the 95% t interval. Of seed {min(plain)}'s test "
+        f"users, {users[f'users_upto_{RARE}']} have a rare target (seen at most {RARE} times in "
+        f"training) and {users['users_upto_0']} an unseen one.",
+        "",
+    ]
+    text += table(
+        ["method", "seeds", *SHOWN.values(), "unseen targets", "invalid"],
+        [
+            [
+                label(row),
+                str(len(runs)),
+                *(cell([r["test"][metric] for r in runs.values()]) for metric in SHOWN),
+                cell([r["test"]["recall_upto_0"] for r in runs.values()]),
+                f"{max(r['test']['invalid_rate'] for r in runs.values()):g}",
+            ]
+            for row, runs in values.items()
+        ],
+    )
+    for base, others in (
+        (("no RL", 0.0), [row for row in values if row[1]]),
+        *(
+            (("GBPO", rate), [row for row in values if row[1] == rate and row[0] != "GBPO"])
+            for rate in (STRONG, MILD)
+        ),
+    ):
+        if base in values and others:
+            text += [f"Difference from {label(base)}, paired by seed:", ""]
+            text += table(
+                ["method", *SHOWN.values()],
+                [
+                    [label(row), *(cell(differences(values, row, base, m), "+") for m in SHOWN)]
+                    for row in others
+                ],
+            )
+    text += ["While training (means over seeds; r after the first update of a batch):", ""]
+    text += table(
+        ["method", *WATCHED.values()],
+        [
+            [
+                label(row),
+                *(f"{np.mean([r['watched'][key] for r in runs.values()]):.3f}" for key in WATCHED),
+            ]
+            for row, runs in values.items()
+            if row[1]
+        ],
+    )
+    return text
+
+
+def picture(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    """Paired differences from the supervised start: a row a data set, a column a metric."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in ROWS if row[1]]
+    place = {row: -i - 0.7 * (row[1] == MILD) - 1.4 * (i >= 6) for i, row in enumerate(rows)}
+    shown = list(SHOWN)[:6]
+    figure = Figure(figsize=(15, 1.2 + 3.4 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(shown), squeeze=False, sharey=True)
+    colors = {"SAGE": "#3366aa", "GBPO": "#dd7722", "GSPO": "#448844", "GRPO": "#aa3377"}
+    for axes, name in zip(grid, names):
+        values = by_method(lines, name)
+        base = ("no RL", 0.0)
+        for ax, metric in zip(axes, shown):
+            for row in rows:
+                if row not in values:
+                    continue
+                points = differences(values, row, base, metric)
+                mean, half = interval(points)
+                color = colors.get(row[0], "#88aadd")
+                y = place[row]
+                ax.plot(points, [y] * len(points), "o", ms=4, color=color, alpha=0.45, mew=0)
+                ax.errorbar(mean, y, xerr=half, fmt="|", ms=11, color=color, lw=1.8, capsize=3)
+            ax.axvline(0, color="#555555", lw=1)
+            start_mean = np.mean([r["test"][metric] for r in values[base].values()])
+            ax.set_title(f"{SHOWN[metric]}\nno RL: {start_mean:.3f}", fontsize=10)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="x", alpha=0.3)
+            ax.tick_params(labelsize=9)
+            ax.locator_params(axis="x", nbins=4)
+            ax.set_yticks([place[row] for row in rows], [label(row) for row in rows])
+        axes[0].set_ylabel(f"{name}\n{len(values[base])} seeds", fontsize=11)
+    figure.supxlabel(
+        "difference from the supervised start, test; dots: seeds, bars: 95% t interval"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def report(work: Path) -> None:
+    """Writes results/sage-effect.{json,md,png} from all runs in the work folder."""
+    paths = sorted(work.glob("*/runs.jsonl"), key=lambda path: path.parent.name != "generated")
+    lines = [line for path in paths for line in lines_of(path)]
+    names = [path.parent.name for path in paths]
+    facts = machine()
+    setting = dataclasses.asdict(SETTING)
+    RESULTS.mkdir(exist_ok=True)
+    text = [
+        "# What the policy objectives do on stale rollouts",
+        "",
+        f"`python bench/sage_effect.py --data ...` on {facts['cpu']}, {facts['threads']} threads, "
+        f"{facts['instruction_set']}, torch {facts['torch']}. docs/sage.md says what the columns "
+        "are and what was seen. Bold: the interval of a difference leaves out 0.",
+        "",
+        *(part for name in names for part in tables(lines, name)),
+    ]
+    (RESULTS / "sage-effect.md").write_text("\n".join(text))
+    (RESULTS / "sage-effect.json").write_text(
+        json.dumps({"machine": facts, "setting": setting, "results": lines}, indent=1) + "\n"
+    )
+    picture(lines, names, RESULTS / "sage-effect.png")
+    print("\n".join(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="generated, or a folder of data")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("runs/sage-effect"))
+    arguments = parser.parse_args()
+    sweep(arguments.data, arguments.seeds, arguments.work)
+    report(arguments.work)
+
+
+if __name__ == "__main__":
+    main()
