@@ -40,13 +40,14 @@ METHODS: dict[str, SageConfig | None] = {
     "GRPO": SageConfig(objective="grpo"),
     "SAGE, no boost": SageConfig(eps_boost=0.0),
     "SAGE, multiplier": SageConfig(boost_mode="multiplier"),
+    "SAGE, stronger": SageConfig(eps_boost=2.0, entropy_penalty=5.0),
 }
 MILD, STRONG = 3e-4, 2e-3
 BLOCKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("no RL",), 0.0),
     (("SAGE", "GBPO", "GSPO", "GRPO"), STRONG),
     (("SAGE", "GBPO"), MILD),
-    (("SAGE, no boost", "SAGE, multiplier"), STRONG),
+    (("SAGE, no boost", "SAGE, stronger"), STRONG),
 )
 RARE = SETTING.cold_count
 
@@ -371,8 +372,12 @@ def picture(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
     """Paired differences from the supervised start: a row a data set, a column a metric."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in ROWS if row[1]]
-    place = {row: -i - 0.7 * (row[1] == MILD) - 1.4 * (i >= 6) for i, row in enumerate(rows)}
+    rows, place, y = ROWS[1:], {}, 0.0
+    for methods, rate in BLOCKS[1:]:
+        for method in methods:
+            place[method, rate] = y
+            y -= 1
+        y -= 0.7
     shown = list(SHOWN)[:6]
     figure = Figure(figsize=(15, 1.2 + 3.4 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), len(shown), squeeze=False, sharey=True)
@@ -391,6 +396,7 @@ def picture(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
                 ax.plot(points, [y] * len(points), "o", ms=4, color=color, alpha=0.45, mew=0)
                 ax.errorbar(mean, y, xerr=half, fmt="|", ms=11, color=color, lw=1.8, capsize=3)
             ax.axvline(0, color="#555555", lw=1)
+            ax.set_ylim(y + 1.2, 0.6)
             start_mean = np.mean([r["test"][metric] for r in values[base].values()])
             ax.set_title(f"{SHOWN[metric]}\nno RL: {start_mean:.3f}", fontsize=10)
             ax.spines[["top", "right"]].set_visible(False)
@@ -402,7 +408,13 @@ def picture(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
     figure.supxlabel(
         "difference from the supervised start, test; dots: seeds, bars: 95% t interval"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def report(work: Path) -> None:
@@ -423,9 +435,12 @@ def report(work: Path) -> None:
         *(part for name in names for part in tables(lines, name)),
     ]
     (RESULTS / "sage-effect.md").write_text("\n".join(text))
-    (RESULTS / "sage-effect.json").write_text(
-        json.dumps({"machine": facts, "setting": setting, "results": lines}, indent=1) + "\n"
+    # A run a line; what all runs share stands once.
+    head = json.dumps({"machine": facts, "setting": setting})[:-1]
+    runs = ",\n".join(
+        json.dumps(rounded({k: v for k, v in line.items() if k != "setting"})) for line in lines
     )
+    (RESULTS / "sage-effect.json").write_text(f'{head}, "results": [\n{runs}\n]}}\n')
     picture(lines, names, RESULTS / "sage-effect.png")
     print("\n".join(text))
 
