@@ -275,7 +275,7 @@ def differences(values: Values, row: Any, base: Any, metric: str) -> list[float]
 
 def label(row: tuple[str, float]) -> str:
     method, rate = row
-    return method if rate == 0 else f"{method}, rate {rate:g}"
+    return method if rate == 0 else f"{method}, {f'{rate:.0e}'.replace('-0', '-')}"
 
 
 def cell(values: list[float], sign: str = "", digits: int = 4) -> str:
@@ -300,6 +300,7 @@ WATCHED = {
     "ratio_last_p5": "r, 5%",
     "ratio_last_p95": "r, 95%",
     "rare_written": "rare among written",
+    "taken_found": "taken found",
     "rare_taken/share_of_push": "push, rare taken",
     "rare_taken/ratio": "r, rare taken",
     "rare_taken/beyond_1": "of them r > 1",
