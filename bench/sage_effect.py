@@ -238,11 +238,11 @@ def sweep(data: str, seeds: int, work: Path) -> None:
 SHOWN = {
     f"recall@{K}": f"Recall@{K}",
     f"recall_upto_{RARE}": f"Recall@{K}, rare targets",
-    f"entropy@{K}": f"entropy@{K}",
-    f"list_entropy@{K}": f"list entropy@{K}",
-    f"list_variety@{K}": f"list variety@{K}",
-    f"coverage@{K}": f"coverage@{K}",
     "rare_slots": "rare items shown",
+    f"list_entropy@{K}": f"list entropy@{K}",
+    f"entropy@{K}": f"entropy@{K}",
+    f"coverage@{K}": f"coverage@{K}",
+    f"list_variety@{K}": f"list variety@{K}",
 }
 ROWS = [(method, rate) for methods, rate in BLOCKS for method in methods]
 Values = dict[tuple[str, float], dict[int, dict[str, Any]]]
@@ -369,46 +369,56 @@ def tables(lines: list[dict[str, Any]], name: str) -> list[str]:
     return text
 
 
+COLORS = {"SAGE": "#3366aa", "GBPO": "#dd7722", "GSPO": "#448844", "GRPO": "#aa3377"}
+START, AGAINST = ("no RL", 0.0), "GBPO"
+
+
+def panel(ax: Any, values: Values, pairs: list[tuple[Any, Any]], metric: str) -> None:
+    """Differences of one metric: a line a pair (row, base), dots for seeds below its interval."""
+    for y, (row, base) in enumerate(pairs):
+        if row in values and base in values:
+            points = differences(values, row, base, metric)
+            mean, half = interval(points)
+            color = COLORS.get(row[0], "#88aadd")
+            ax.plot(points, [y + 0.3] * len(points), "o", ms=4.5, color=color, alpha=0.6, mew=0)
+            ax.errorbar(mean, y, xerr=half, fmt="|", ms=10, color=color, lw=1.8, capsize=3)
+    ax.axvline(0, color="#555555", lw=1)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="x", alpha=0.3)
+    ax.tick_params(labelsize=9)
+    ax.locator_params(axis="x", nbins=3)
+    ax.set_yticks(range(len(pairs)), [label(row) for row, _ in pairs])
+    ax.set_ylim(len(pairs) - 0.4, -0.6)
+
+
 def picture(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Paired differences from the supervised start: a row a data set, a column a metric."""
+    """A column a metric; for each data set, differences from the start, then SAGE's from GBPO."""
     from matplotlib.figure import Figure
 
-    rows, place, y = ROWS[1:], {}, 0.0
-    for methods, rate in BLOCKS[1:]:
-        for method in methods:
-            place[method, rate] = y
-            y -= 1
-        y -= 0.7
+    pairs = [
+        [(row, START) for row in ROWS if row[1]],
+        [(row, (AGAINST, row[1])) for row in ROWS if row[0].startswith("SAGE")],
+    ]
     shown = list(SHOWN)[:6]
-    figure = Figure(figsize=(15, 1.2 + 3.4 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), len(shown), squeeze=False, sharey=True)
-    colors = {"SAGE": "#3366aa", "GBPO": "#dd7722", "GSPO": "#448844", "GRPO": "#aa3377"}
-    for axes, name in zip(grid, names):
-        values = by_method(lines, name)
-        base = ("no RL", 0.0)
-        for ax, metric in zip(axes, shown):
-            for row in rows:
-                if row not in values:
-                    continue
-                points = differences(values, row, base, metric)
-                mean, half = interval(points)
-                color = colors.get(row[0], "#88aadd")
-                y = place[row]
-                ax.plot(points, [y] * len(points), "o", ms=4, color=color, alpha=0.45, mew=0)
-                ax.errorbar(mean, y, xerr=half, fmt="|", ms=11, color=color, lw=1.8, capsize=3)
-            ax.axvline(0, color="#555555", lw=1)
-            ax.set_ylim(y + 1.2, 0.6)
-            start_mean = np.mean([r["test"][metric] for r in values[base].values()])
-            ax.set_title(f"{SHOWN[metric]}\nno RL: {start_mean:.3f}", fontsize=10)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(axis="x", alpha=0.3)
-            ax.tick_params(labelsize=9)
-            ax.locator_params(axis="x", nbins=4)
-            ax.set_yticks([place[row] for row in rows], [label(row) for row in rows])
-        axes[0].set_ylabel(f"{name}\n{len(values[base])} seeds", fontsize=11)
-    figure.supxlabel(
-        "difference from the supervised start, test; dots: seeds, bars: 95% t interval"
+    figure = Figure(figsize=(15, 1 + 4.6 * len(names)), layout="constrained")
+    grid = figure.subplots(
+        2 * len(names),
+        len(shown),
+        squeeze=False,
+        sharey="row",
+        height_ratios=[len(part) + 1 for part in pairs] * len(names),
     )
+    for place, name in enumerate(names):
+        values = by_method(lines, name)
+        for column, metric in enumerate(shown):
+            upper, lower = grid[2 * place][column], grid[2 * place + 1][column]
+            panel(upper, values, pairs[0], metric)
+            panel(lower, values, pairs[1], metric)
+            mean = np.mean([line["test"][metric] for line in values[START].values()])
+            upper.set_title(f"{SHOWN[metric]}\nno RL: {mean:.3f}", fontsize=10)
+        grid[2 * place][0].set_ylabel(f"{name}\nminus no RL", fontsize=10)
+        grid[2 * place + 1][0].set_ylabel(f"{name}\nminus {AGAINST}", fontsize=10)
+    figure.supxlabel("difference on test items, paired by seed; dots: seeds, bars: 95% t interval")
     figure.savefig(path, dpi=100)
 
 
