@@ -39,7 +39,6 @@ METHODS: dict[str, SageConfig | None] = {
     "GSPO": SageConfig(objective="gspo"),
     "GRPO": SageConfig(objective="grpo"),
     "SAGE, no boost": SageConfig(eps_boost=0.0),
-    "SAGE, multiplier": SageConfig(boost_mode="multiplier"),
     "SAGE, stronger": SageConfig(eps_boost=2.0, entropy_penalty=5.0),
 }
 MILD, STRONG = 3e-4, 2e-3
