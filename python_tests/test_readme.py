@@ -28,7 +28,9 @@ def test_pictures_and_links_exist():
         assert (README.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", sorted((README.parent / "docs").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", sorted((README.parent / "docs").glob("*.md")), ids=lambda p: p.name
+)
 def test_pages_run_and_point_to_what_exists(page):
     text = page.read_text()
     for block in re.findall(r"```python\n(.*?)```", text, re.S):

@@ -242,6 +242,30 @@ def test_rl_raises_the_reward_that_it_is_given():
     assert all(math.isfinite(x) for x in first)
 
 
+def test_updates_make_lists_stale_and_clamp_holds_advantages(monkeypatch):
+    """The first update of a batch meets the policy that wrote it; later ones meet another."""
+    data = generate(seed=2, num_users=200, num_items=250).data
+    split = leave_one_out(data)
+    codes = np.stack([np.arange(250) // 16, np.arange(250) % 16], 1)
+    model = CompactRecommender(CompactConfig(width=16, max_history=12), codes, [16, 16])
+    config = RLConfig(steps=10, users=16, candidates=8, updates=3, rate=1e-2, clamp=0.7)
+    trainer = SageTrainer(model, model.trie(), split.train, split.train_counts(), config, seed=0)
+    ratios, largest, update = [], [], trainer.update
+
+    def watched(lists):
+        loss, stats = update(lists)
+        ratios.append(stats.ratio.item())
+        largest.append(lists.advantages.abs().max().item())
+        return loss, stats
+
+    monkeypatch.setattr(trainer, "update", watched)
+    figures = trainer.train_step()
+    assert len(ratios) == 3 and trainer.step == 1
+    assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-4
+    assert figures["ratio"] == ratios[2]
+    assert largest == pytest.approx([0.7] * 3)
+
+
 def test_rollouts_score_by_the_decoders_own_support():
     """The ratio of a list against the policy that wrote it is 1: no mass is dropped."""
     data = generate(seed=2, num_users=200, num_items=250).data

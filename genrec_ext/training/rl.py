@@ -8,6 +8,7 @@ normalised over the same support that the decoder used, so the importance ratio 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..decode import beam_search
 from ..models import CompactRecommender
-from ..ops import SageConfig, decoupled_advantages, sage_loss, token_logps
+from ..ops import SageConfig, SageStats, decoupled_advantages, sage_loss, token_logps
 from ..trie import Trie
 
 REWARDS = ("hit", "rank", "cold", "diversity")
@@ -37,6 +38,8 @@ class RLConfig:
         rate: learning rate of AdamW, after a linear warm-up over the first tenth and down to 0.
         weights: of the rewards hit, rank, cold and diversity.
         cold_count: an item seen at most this often in training counts as cold.
+        clamp: largest size of an advantage; with one item taken among 16, a list's hit stands near
+            4, and a cold reward of equal weight would double it.
         kl_weight: weight of the divergence from the model that the stage started with.
         clip_norm: largest norm of a gradient.
     """
@@ -48,6 +51,7 @@ class RLConfig:
     rate: float = 5e-5
     weights: tuple[float, float, float, float] = (1.0, 0.5, 0.5, 0.1)
     cold_count: int = 5
+    clamp: float = 5.0
     kl_weight: float = 0.05
     clip_norm: float = 1.0
     sage: SageConfig = field(default_factory=SageConfig)
@@ -224,7 +228,7 @@ class SageTrainer:
         scores[missing, -1] = old.sum(-1).view(B, G)[missing, -1]
         rewards = rewards_of(items, codes, targets, self.counts, self.config.cold_count)
         weights = torch.tensor(self.config.weights, device=self.device)
-        advantages = decoupled_advantages(rewards, weights, clamp=5.0)
+        advantages = decoupled_advantages(rewards, weights, clamp=self.config.clamp)
         return Rollout(
             history,
             rows,
@@ -250,40 +254,45 @@ class SageTrainer:
         up = min(1.0, (step + 1) / warm)
         return self.config.rate * up * (1 - step / max(1, self.config.steps))
 
+    def update(self, lists: Rollout) -> tuple[float, SageStats]:
+        """One optimiser step on a batch of lists; returns the loss and what to watch."""
+        sage = dataclasses.replace(self.config.sage, kl_weight=self.config.kl_weight)
+        # Dropout stays off: its noise would enter the importance ratio.
+        state = _repeated(self.model.encode(lists.history), len(lists.items))
+        logits, support = self.model.item_rows(state, lists.items)
+        loss, stats = sage_loss(
+            logits,
+            self.model.codes[lists.items],
+            lists.old_logps,
+            lists.advantages,
+            mask=lists.mask,
+            entropy=lists.entropy,
+            boost=lists.boost,
+            ref_logps=lists.ref_logps,
+            config=sage,
+            return_stats=True,
+            inplace_grad=True,
+            **support,
+        )
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        return loss.item(), stats
+
     def train_step(self) -> dict[str, float]:
         """One batch of lists and its updates; returns what to watch."""
         config = self.config
         history, targets = self.batch()
         lists = self.rollout(history, targets)
-        sage = SageConfig(**{**vars(config.sage), "kl_weight": config.kl_weight})
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_at(self.step)
         total = 0.0
         for _ in range(config.updates):
-            # Dropout stays off: its noise would enter the importance ratio.
-            state = _repeated(self.model.encode(lists.history), len(lists.items))
-            logits, support = self.model.item_rows(state, lists.items)
-            loss, stats = sage_loss(
-                logits,
-                self.model.codes[lists.items],
-                lists.old_logps,
-                lists.advantages,
-                mask=lists.mask,
-                entropy=lists.entropy,
-                boost=lists.boost,
-                ref_logps=lists.ref_logps,
-                config=sage,
-                return_stats=True,
-                inplace_grad=True,
-                **support,
-            )
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-            self.optimizer.step()
-            total += loss.item()
+            loss, stats = self.update(lists)
+            total += loss
         self.step += 1
         return {
             "loss": total / config.updates,
