@@ -46,9 +46,6 @@ GENREC_INLINE float block_top(const E* x, int64_t n) {
   vfloat top0 = splat(-INFINITY), top1 = top0;
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    // The next block comes while this one is worked on.
-    prefetch(x + i + kBlock);
-    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
     vfloat a, b;
     load_pair(x + i, a, b);
     top0 = vmax(a, top0);  // in this order a NaN is passed over
@@ -87,6 +84,9 @@ static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperat
   vfloat sum0{}, sum1{}, weighted0{}, weighted1{};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    // The next block comes while this one is worked on.
+    prefetch(x + i + kBlock);
+    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
     vfloat a, b;
     load_pair(x + i, a, b);
     const vfloat t0 = (a - vtop) * rate, t1 = (b - vtop) * rate;
@@ -221,6 +221,8 @@ GENREC_INLINE void grad_block(const E* x, G* g, int64_t n, const Normalizer<floa
   int64_t i = 0;
   const bool number = z.log_sum == z.log_sum && z.top < INFINITY;  // then no value is NaN
   for (; number && i + 2 * kLanes <= n; i += 2 * kLanes) {
+    prefetch(x + i + kBlock);
+    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
     vfloat a, b;
     load_pair(x + i, a, b);
     store_pair(g + i, one(a), one(b));
