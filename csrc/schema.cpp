@@ -61,6 +61,11 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       ", float temperature, float scale, bool reduce, bool validate) "
       "-> (Tensor loss, Tensor stats)");
   m.def("sage_loss_backward(Tensor grad_output, Tensor grad) -> Tensor");
+  // The same in the saved gradient's own memory; on the CPU it looks at the support's
+  // columns alone, since the others hold zeros that may have no memory yet.
+  m.def(
+      "sage_loss_backward_(Tensor(a!) grad, Tensor grad_output, Tensor? ranges, "
+      "Tensor? columns, Tensor? column_begin, Tensor? column_end) -> ()");
   m.def(
       "sage_loss_from_logps(Tensor logps, Tensor old_logps, Tensor advantages, *, "
       "Tensor? mask=None, Tensor? entropy=None, Tensor? boost=None, "
@@ -82,9 +87,10 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   // level, K the widest; -inf where a level is narrower.
   m.def("level_logits(Tensor hidden, Tensor weight, Tensor ranges) -> Tensor");
   m.def("level_logits_forward(Tensor hidden, Tensor weight, int[] starts, int[] ends) -> Tensor");
+  // A gradient that is not wanted is empty.
   m.def(
       "level_logits_backward(Tensor grad_logits, Tensor hidden, Tensor weight, int[] starts, "
-      "int[] ends) -> (Tensor grad_hidden, Tensor grad_weight)");
+      "int[] ends, bool for_hidden, bool for_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
   // Zeros that take memory only where something is written; CPU.
   m.def("blank_like(Tensor like) -> Tensor");
 

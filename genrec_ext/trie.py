@@ -186,6 +186,11 @@ class Trie:
 
         Returns:
             ``(columns [M] int32, begin [N, T] int64, end [N, T] int64)``; -1 has no columns.
+
+        Raises:
+            ValueError: nodes has another shape.
+            IndexError: a node is out of range; on CUDA it counts as -1 instead, since looking would
+                wait for the device.
         """
         if nodes is None or nodes.dim() != 2 or nodes.shape[1] > self.levels:
             shape = None if nodes is None else list(nodes.shape)
@@ -194,7 +199,9 @@ class Trie:
         for level in range(nodes.shape[1]):
             at = nodes[:, level].long()
             bad = (at < -1) | (at >= self.num_nodes(level))
-            if not torch.compiler.is_compiling() and bool(bad.any()):
+            if at.device.type != "cpu" or torch.compiler.is_compiling():
+                at = at.masked_fill(bad, -1)  # looking would wait for the device
+            elif bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise IndexError(
                     f"nodes[{row}, {level}] must lie in [-1, {self.num_nodes(level)}), got "

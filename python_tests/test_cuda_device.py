@@ -53,6 +53,26 @@ def test_every_path_equals_float64(path, dtype, device):
     assert torch.equal(torch.autograd.grad(inplace, spare)[0], grad)
 
 
+def test_lists_longer_than_a_row_reach_nothing_outside(device, indices_checked):
+    """Every list of columns is cut to what a row can hold, before it is kept on the chip."""
+    if indices_checked:
+        pytest.skip("the host refuses such lists")
+    V, M = 8, 4096
+    columns = (torch.arange(M, device=device) % V).int()
+    begin = torch.zeros(2, 2, dtype=torch.long, device=device)
+    tokens = torch.ones(2, 2, dtype=torch.long, device=device)
+    logits = torch.randn(2, 2, V, device=device, requires_grad=True)
+    loss = genrec_ext.sage_loss(
+        logits,
+        tokens,
+        torch.zeros(2, 2, device=device),
+        torch.ones(2, device=device),
+        columns=(columns, begin, torch.full_like(begin, M)),
+    )
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+
+
 @pytest.fixture
 def cuda(device):
     if device != "cuda":

@@ -84,9 +84,11 @@ def test_gradcheck_opcheck_compile_and_the_operator_itself():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(torch.ops.genrec.level_logits_forward, arguments, test_utils=tests)
     grad = torch.ones(2, 4, 15, dtype=torch.float64)
-    plain = (grad, hidden.detach(), weight.detach(), starts, ends)
-    opcheck(torch.ops.genrec.level_logits_backward, plain, test_utils=tests)
-    opcheck(torch.ops.genrec.blank_like, (weight.detach(),), test_utils=("test_schema",))
+    for wanted in ((True, True), (True, False), (False, True)):
+        plain = (grad, hidden.detach(), weight.detach(), starts, ends, *wanted)
+        opcheck(torch.ops.genrec.level_logits_backward, plain, test_utils=tests)
+    fakes = ("test_schema", "test_faketensor")
+    opcheck(torch.ops.genrec.blank_like, (weight.detach().t(),), test_utils=fakes)
     want = genrec_ext.level_logits(hidden, weight, RANGES)
     compiled = torch.compile(
         lambda h, w: genrec_ext.level_logits(h, w, RANGES), fullgraph=True, backend="aot_eager"
@@ -103,6 +105,35 @@ def test_autocast_and_a_weight_of_another_dtype():
     inside = torch.isfinite(logits)
     (grad,) = torch.autograd.grad(logits[inside].float().sum(), weight)
     assert grad.dtype == torch.float32 and grad.abs().max() > 0
+
+
+def test_float64_stays_itself_under_autocast():
+    hidden, weight = head(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert genrec_ext.level_logits(hidden, weight, RANGES).dtype == torch.float64
+
+
+def test_strided_inputs_and_a_frozen_head():
+    hidden, weight = head(N=4)
+    want, (want_hidden, _) = grads(genrec_ext.level_logits, hidden, weight)
+    strided = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    frozen = weight.detach().t().contiguous().t()
+    assert not strided.is_contiguous() and not frozen.is_contiguous()
+    logits = genrec_ext.level_logits(strided, frozen, RANGES)
+    torch.testing.assert_close(logits, want)
+    inside = torch.isfinite(logits)
+    ramp = torch.arange(logits.numel()).view_as(logits) / logits.numel()
+    (logits * ramp)[inside].sum().backward()
+    torch.testing.assert_close(strided.grad, want_hidden)
+    assert frozen.grad is None
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight = head()
+    logits = genrec_ext.level_logits(hidden, weight, RANGES)
+    total = logits[torch.isfinite(logits)].square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("N", (0, 1))
@@ -123,6 +154,9 @@ def test_empty_batch(N):
         (r"ranges must have shape \[1, 2\]", torch.zeros(2, 1, 3), torch.zeros(5, 3), []),
         (r"ranges\[0\] must satisfy", torch.zeros(2, 1, 3), torch.zeros(5, 3), [(2, 6)]),
         (r"ranges\[0\] must satisfy", torch.zeros(2, 1, 3), torch.zeros(5, 3), [(2, 2)]),
+        ("ranges must be pairs", torch.zeros(2, 1, 3), torch.zeros(5, 3), [(0.5, 2.0)]),
+        ("ranges must be pairs", torch.zeros(2, 1, 3), torch.zeros(5, 3), [0, 1]),
+        ("ranges must be pairs", torch.zeros(2, 1, 3), torch.zeros(5, 3), None),
         ("hidden must be floating", torch.zeros(2, 1, 3).long(), torch.zeros(5, 3), [(0, 1)]),
         (
             "ranges must be integers",

@@ -807,3 +807,106 @@ def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(ours):
     small = (exact != 0) & (exact.abs() < 1e-6)
     assert small.float().mean() > 0.3, "the case has no small gradients to lose"
     assert (got[small] == 0).float().mean() < 0.05
+
+
+# ---- what a second look found ----
+
+
+def test_an_empty_list_of_columns_is_a_support(ours):
+    """Its memory has no address, and must not be taken for no support at all."""
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    columns = (torch.empty(0, dtype=torch.int32), nothing, nothing)
+    logits = torch.randn(1, 1, 4, requires_grad=True)
+    logps, entropy = ours.token_logps(logits, torch.tensor([[1]]), columns=columns)
+    assert logps.item() == -100 and entropy.item() == 0
+    loss = ours.sage_loss(
+        logits, torch.tensor([[1]]), torch.zeros(1, 1), torch.ones(1), columns=columns
+    )
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], torch.zeros(1, 1, 4))
+
+
+def test_bounds_of_masked_rows_are_not_looked_at(ours):
+    V = 20_000
+    mask = torch.tensor([[True, False]])
+    columns = torch.arange(V, dtype=torch.int32)
+    begin = torch.zeros(1, 2, dtype=torch.long)
+    settings = {"mask": mask}
+    logits = torch.randn(1, 2, V)
+    arguments = (torch.tensor([[5, 0]]), torch.full((1, 2), -10.0), torch.ones(1))
+    want = loss_and_grad(ours.sage_loss, logits, *arguments, **settings)
+    for wild in (-V + 100, 1 << 60, -(1 << 60)):
+        lists = (columns, begin, torch.tensor([[V, wild]]))
+        got = loss_and_grad(ours.sage_loss, logits, *arguments, columns=lists, **settings)
+        torch.testing.assert_close(got, want)
+
+
+def test_rows_that_overlap_are_refused_in_place(ours):
+    overlapping = torch.randn(6, 64).unfold(0, 2, 1).transpose(1, 2).requires_grad_()
+    assert overlapping.shape == (5, 2, 64) and overlapping.stride() == (64, 64, 1)
+    arguments = (torch.zeros(5, 2).long(), torch.zeros(5, 2), torch.ones(5))
+    with pytest.raises(ValueError, match="rows of their own memory"):
+        ours.sage_loss(overlapping, *arguments, inplace_grad=True)
+    turned = torch.randn(2, 5, 64).transpose(0, 1)  # [T, N, V] seen as [N, T, V] is fine
+    want = loss_and_grad(ours.sage_loss, turned, *arguments)
+    spare = turned.clone().requires_grad_()
+    loss = ours.sage_loss(spare, *arguments, inplace_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, spare)[0], want[1])
+
+
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7FC00000))
+def test_every_nan_stays_one_in_bfloat16(bits, ours):
+    bad = torch.tensor([bits], dtype=torch.int32).view(torch.float32).view(1, 1)
+    logits = torch.randn(1, 1, 64).bfloat16().requires_grad_()
+    logps, _ = ours.token_logps(logits, torch.tensor([[3]]))
+    assert torch.autograd.grad(logps, logits, bad)[0].isnan().all()
+
+
+def test_temperatures_whose_exponents_overflow_are_refused(ours):
+    with pytest.raises(ValueError, match="temperature"):
+        ours.token_logps(torch.randn(1, 1, 4), torch.zeros(1, 1).long(), temperature=3e-39)
+
+
+@pytest.mark.parametrize("support", ("ranges", "columns"))
+@pytest.mark.parametrize("inplace", (False, True))
+def test_a_scaled_loss_over_a_support_scales_its_gradient(support, inplace, ours):
+    """Large enough that the gradient has memory only where it is not zero."""
+    N, T, V = 4, 2, 70_000
+    logits = torch.randn(N, T, V)
+    if support == "ranges":
+        given = {"ranges": torch.tensor([[10, 90], [100, 400]])}
+    else:
+        columns = torch.arange(0, V, 1000, dtype=torch.int32)
+        begin = torch.zeros(N, T, dtype=torch.long)
+        given = {"columns": (columns, begin, torch.full_like(begin, len(columns)))}
+    tokens = torch.tensor([[20, 200]]).repeat(N, 1) if support == "ranges" else begin + 3000
+    arguments = (tokens, torch.full((N, T), -5.0), torch.randn(N))
+    _, want = loss_and_grad(ours.sage_loss, logits, *arguments, **given)
+    assert want.abs().max() > 1e-3
+    leaf = logits.clone().requires_grad_()
+    loss = ours.sage_loss(leaf, *arguments, inplace_grad=inplace, **given)
+    (loss * 0.5).backward()
+    torch.testing.assert_close(leaf.grad, want * 0.5)
+
+
+def test_large_supported_logits_are_left_alone_in_place():
+    logits = torch.randn(4, 1, 70_000)
+    leaf = logits.clone().requires_grad_()
+    loss = genrec_ext.sage_loss(
+        leaf, torch.full((4, 1), 5), torch.zeros(4, 1), torch.ones(4), ranges=[(0, 9)],
+        inplace_grad=True,
+    )  # fmt: skip
+    loss.backward()
+    assert torch.equal(leaf.detach(), logits)
+    assert leaf.grad[:, :, :9].abs().min() > 0 and leaf.grad[:, :, 9:].abs().max() == 0
+
+
+def test_retained_graphs_give_the_same_gradient_again():
+    logits, *rest = batch()
+    leaf = logits.clone().requires_grad_()
+    loss = genrec_ext.sage_loss(leaf, *rest) * 3
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
+    last = torch.autograd.grad(loss, leaf)[0]
+    assert torch.equal(first, second) and torch.equal(first, last)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaf)

@@ -95,6 +95,22 @@ inline DeviceLimits device_limits() {
   return limits = found;
 }
 
+// Whether the kernel's code that this device runs was compiled for devices with
+// clusters: code for older ones runs on newer devices too, and has none.
+template <class... Parameters>
+bool knows_clusters([[maybe_unused]] void (*kernel)(Parameters...)) {
+#if defined(GENREC_SIMULATOR)
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.ptxVersion >= 90;
+#endif
+}
+
 #if !defined(GENREC_SIMULATOR)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -219,7 +219,8 @@ GENREC_INLINE void grad_block(const E* x, G* g, int64_t n, const Normalizer<floa
     return p * (minus_a + minus_b * (held * ln2 + z.entropy));
   };
   int64_t i = 0;
-  const bool number = z.log_sum == z.log_sum && z.top < INFINITY;  // then no value is NaN
+  const bool number = z.log_sum == z.log_sum && z.top < INFINITY && slope.logp == slope.logp &&
+                      slope.entropy == slope.entropy;  // then no value is NaN
   for (; number && i + 2 * kLanes <= n; i += 2 * kLanes) {
     prefetch(x + i + kBlock);
     if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);

@@ -69,6 +69,19 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& pack) {
   std::memcpy(&raw, &pack, sizeof raw);
   *reinterpret_cast<uint4*>(p) = raw;
 }
+// The same to global memory.  Spelled out, since the compiler may halve the other.
+template <class T>
+__device__ __forceinline__ void write_pack(T* p, const Pack<T>& pack) {
+#if defined(GENREC_SIMULATOR)
+  store_pack(p, pack);
+#else
+  uint4 raw;
+  std::memcpy(&raw, &pack, sizeof raw);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+               : "memory");
+#endif
+}
 
 // How many elements lie before the first 16-byte boundary at or after p.
 template <class T>

@@ -13,7 +13,7 @@
 namespace genrec::policy {
 
 // The columns a row's policy is normalised over.  At most one of the two forms
-// is given; none means all V columns.
+// is given, told by `ranges` or `begin`; none means all V columns.
 struct Support {
   const int64_t* ranges = nullptr;   // [T, 2], columns [start, end) of each level
   const int32_t* columns = nullptr;  // [M], the lists that begin and end point into
@@ -98,7 +98,10 @@ struct ScaleArgs {
   const void* grad = nullptr;    // contiguous
   const void* factor = nullptr;  // S [N], or S [1] where `shared`
   bool shared = false;
-  void* out = nullptr;
+  void* out = nullptr;  // may be grad
+  // In place, CPU: grad is [N, T, V] and only these columns can differ from 0.
+  int64_t T = 0;
+  Support support;
 };
 
 // Adds in the order of the sequences, in double: the same bits every time.

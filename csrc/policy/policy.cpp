@@ -148,6 +148,22 @@ struct Rows {
 
 void check_indices(const Rows& rows, bool validate);
 
+// Whether no two rows of logits [N, T, V] share an element.
+bool rows_apart(const Tensor& logits) {
+  const int64_t V = logits.size(2);
+  int64_t size[2] = {logits.size(0), logits.size(1)};
+  int64_t stride[2] = {logits.stride(0), logits.stride(1)};
+  if (size[0] == 0 || size[1] == 0) return true;
+  // A dimension of one index has no step; else rows are laid out by the smaller
+  // step first.
+  if (size[1] > 1 && (size[0] == 1 || stride[1] < stride[0])) {
+    std::swap(size[0], size[1]);
+    std::swap(stride[0], stride[1]);
+  }
+  const int64_t inner = size[0] > 1 ? stride[0] * (size[0] - 1) + V : V;
+  return (size[0] <= 1 || stride[0] >= V) && (size[1] <= 1 || stride[1] >= inner);
+}
+
 Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& mask,
                const std::optional<Tensor>& ranges, const std::optional<Tensor>& columns,
                const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
@@ -157,7 +173,8 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   const int64_t N = logits.size(0), T = logits.size(1), V = logits.size(2);
   require(V > 0, "logits must have at least one column, got shape ", shape_text(logits));
   const float inverse = static_cast<float>(1 / temperature);
-  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 && std::isfinite(inverse),
+  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 &&
+              std::isfinite(2 * inverse),  // by log2(e) it enters the exponents
           "temperature must be a positive number whose inverse is one in float32, got ",
           temperature);
   require_tensor(tokens, "tokens", ScalarType::Long, {N, T}, logits);
@@ -173,7 +190,7 @@ Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::optional<T
   }
   const bool unit = V == 1 || logits.stride(2) == 1;
   require(!inplace || unit, "logits must have unit stride along V for a gradient in place");
-  require(!inplace || ((T <= 1 || logits.stride(1) >= V) && (N <= 1 || logits.stride(0) >= V)),
+  require(!inplace || rows_apart(logits),
           "logits must have rows of their own memory for a gradient in place, got strides ",
           logits.stride(0), ", ", logits.stride(1), " for V = ", V);
   Rows rows{unit ? logits : torch::stable::contiguous(logits),
@@ -227,7 +244,7 @@ void check_indices(const Rows& rows, bool validate) {
     bool held = true;
     if (u.ranges != nullptr)
       held = u.ranges[2 * (r % s.T)] <= token && token < u.ranges[2 * (r % s.T) + 1];
-    if (u.columns != nullptr) {
+    if (u.begin != nullptr) {
       require<std::out_of_range>(0 <= u.begin[r] && u.begin[r] <= u.end[r] && u.end[r] <= M,
                                  "column_begin and column_end at [", r / s.T, ", ", r % s.T,
                                  "] must satisfy 0 <= begin <= end <= ", M, ", got ", u.begin[r],
@@ -252,7 +269,7 @@ int64_t work_of(const Scores& s) { return s.T * s.V; }
 
 // Whether rows are normalised over part of their columns.
 bool is_supported(const Scores& s) {
-  return s.support.ranges != nullptr || s.support.columns != nullptr;
+  return s.support.ranges != nullptr || s.support.begin != nullptr;
 }
 
 template <class Enum>
@@ -368,7 +385,7 @@ std::optional<Tensor> new_workspace(const Tensor& like, int64_t N, int64_t T) {
   return torch::stable::new_empty(like, {N, T, kWorkspace});
 }
 
-void* data_or_null(const std::optional<Tensor>& t) {
+void* memory_of(const std::optional<Tensor>& t) {
   return t.has_value() ? t->mutable_data_ptr() : nullptr;
 }
 
@@ -385,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
   Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
   const std::optional<Tensor> workspace = new_workspace(norm, N, T);
   const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
-                            norm.mutable_data_ptr(), data_or_null(workspace)};
+                            norm.mutable_data_ptr(), memory_of(workspace)};
   run(kernels().token_logps, args, N, work_of(rows.scores), logits);
   return {logps, entropy, norm};
 }
@@ -431,7 +448,7 @@ std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q, c
     args.grad_is_zero = into->blank;
   }
   const std::optional<Tensor> workspace = new_workspace(q.losses, rows.scores.N, rows.scores.T);
-  args.workspace = data_or_null(workspace);
+  args.workspace = memory_of(workspace);
   run(kernels().sage_loss, args, rows.scores.N, work_of(rows.scores), rows.logits);
   return {reduced(q, reduce), q.stats};
 }
@@ -506,7 +523,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(
 }
 
 // The saved gradient times the incoming one, by sequence where that has N values.
-Tensor sage_loss_backward(const Tensor& grad_output, const Tensor& grad) {
+ScaleArgs scaling(const Tensor& grad, const Tensor& grad_output, const Tensor& factor) {
   const DType dtype = dtype_of(grad, "grad");
   require(grad.dim() >= 1, "grad must have at least one dimension");
   const int64_t N = grad.size(0);
@@ -515,18 +532,45 @@ Tensor sage_loss_backward(const Tensor& grad_output, const Tensor& grad) {
     require_tensor(grad_output, "grad_output", accumulate_type(dtype), {}, grad);
   else
     require_tensor(grad_output, "grad_output", accumulate_type(dtype), {N}, grad);
+  ScaleArgs args;
+  args.dtype = dtype;
+  args.N = N;
+  args.inner = N > 0 ? grad.numel() / N : 0;
+  args.grad = grad.const_data_ptr();
+  args.factor = factor.const_data_ptr();
+  args.shared = shared;
+  return args;
+}
+
+Tensor sage_loss_backward(const Tensor& grad_output, const Tensor& grad) {
   const Tensor factor = torch::stable::contiguous(grad_output);
   const Tensor held = torch::stable::contiguous(grad);
   Tensor out = torch::stable::empty_like(held);
-  ScaleArgs args{dtype,
-                 N,
-                 N > 0 ? grad.numel() / N : 0,
-                 held.const_data_ptr(),
-                 factor.const_data_ptr(),
-                 shared,
-                 out.mutable_data_ptr()};
-  run(kernels().scale, args, N, args.inner, grad);
+  ScaleArgs args = scaling(held, grad_output, factor);
+  args.out = out.mutable_data_ptr();
+  run(kernels().scale, args, args.N, args.inner, grad);
   return out;
+}
+
+void sage_loss_backward_(const Tensor& grad, const Tensor& grad_output,
+                         std::optional<Tensor> ranges, std::optional<Tensor> columns,
+                         std::optional<Tensor> begin, std::optional<Tensor> end) {
+  require(grad.is_contiguous(), "grad must be contiguous to be scaled in place");
+  const Tensor factor = torch::stable::contiguous(grad_output);
+  ScaleArgs args = scaling(grad, grad_output, factor);
+  args.out = grad.mutable_data_ptr();
+  ranges = contiguous(ranges), columns = contiguous(columns);
+  begin = contiguous(begin), end = contiguous(end);
+  if (ranges || columns) {  // checked when the gradient was made
+    require(grad.dim() == 3, "grad must have shape [N, T, V] where a support is given, got ",
+            shape_text(grad));
+    args.T = grad.size(1);
+    args.support.ranges = data_or_null<int64_t>(ranges);
+    args.support.columns = data_or_null<int32_t>(columns);
+    args.support.begin = data_or_null<int64_t>(begin);
+    args.support.end = data_or_null<int64_t>(end);
+  }
+  run(kernels().scale, args, args.N, args.inner, grad);
 }
 
 template <class S>
@@ -575,6 +619,7 @@ STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
   m.impl("sage_loss_forward", TORCH_BOX(&sage_loss_forward));
   m.impl("sage_loss_forward_", TORCH_BOX(&sage_loss_forward_));
   m.impl("sage_loss_backward", TORCH_BOX(&sage_loss_backward));
+  m.impl("sage_loss_backward_", TORCH_BOX(&sage_loss_backward_));
   m.impl("sage_loss_from_logps_forward", TORCH_BOX(&sage_loss_from_logps_forward));
   m.impl("decoupled_advantages", TORCH_BOX(&decoupled_advantages));
 }

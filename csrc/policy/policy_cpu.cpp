@@ -21,7 +21,7 @@ RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
   const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
   const Support& s = in.support;
   first = 0;
-  if (s.columns != nullptr) {
+  if (s.begin != nullptr) {  // an empty `columns` is null
     const int64_t r = n * in.T + t;
     return {x, s.columns + s.begin[r], s.end[r] - s.begin[r]};
   }
@@ -153,6 +153,7 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
     if constexpr (sizeof(S) == sizeof(float)) {
       int64_t floats = 0;
       for (int64_t t = 0; a.grad_logits != nullptr && t < in.T; ++t) {
+        if (!counts(in.mask, n * in.T + t)) continue;  // its bounds were not checked
         int64_t first;
         const int64_t columns = supported<T>(in, n, t, first).n;
         floats += columns + blocks_of(columns);
@@ -213,6 +214,26 @@ void sage_loss_from_logps(const SageFromLogpsArgs& a, int64_t first_n, int64_t l
   }
 }
 
+// Scales one sequence's supported columns in place; false where all columns are.
+template <class T, class S>
+bool scale_support(const ScaleArgs& a, int64_t n, S factor) {
+  const Support& s = a.support;
+  if (s.ranges == nullptr && s.begin == nullptr) return false;
+  const int64_t V = a.inner / a.T;
+  for (int64_t t = 0; t < a.T; ++t) {
+    T* row = static_cast<T*>(a.out) + n * a.inner + t * V;
+    const int64_t r = n * a.T + t;
+    if (s.begin != nullptr) {
+      for (int64_t i = s.begin[r]; i < s.end[r]; ++i)
+        from_float(row + s.columns[i], to_float(row[s.columns[i]]) * factor);
+    } else {
+      for (int64_t v = s.ranges[2 * t]; v < s.ranges[2 * t + 1]; ++v)
+        from_float(row + v, to_float(row[v]) * factor);
+    }
+  }
+  return true;
+}
+
 template <class T>
 void scale(const ScaleArgs& a, int64_t first, int64_t last) {
   using S = acc_t<T>;
@@ -220,6 +241,8 @@ void scale(const ScaleArgs& a, int64_t first, int64_t last) {
     const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
     const T* x = static_cast<const T*>(a.grad) + n * a.inner;
     T* y = static_cast<T*>(a.out) + n * a.inner;
+    if (x == y && factor == S(1)) continue;
+    if (x == y && scale_support<T>(a, n, factor)) continue;
     int64_t i = 0;
     if constexpr (sizeof(S) == sizeof(float))
       for (; i + 2 * kLanes <= a.inner; i += 2 * kLanes) {

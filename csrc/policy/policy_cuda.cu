@@ -32,9 +32,11 @@ __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high)
 
 __device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r) {
   const Support& s = in.support;
-  if (s.columns != nullptr) {
+  if (s.begin != nullptr) {  // an empty `columns` is null
     const int64_t begin = bounded(s.begin[r], 0, s.num_columns);
-    return {s.columns + begin, 0, bounded(s.end[r], begin, s.num_columns) - begin};
+    // An ascending list has no more than V entries, and there is room for no more.
+    const int64_t most = s.num_columns - begin < in.V ? s.num_columns : begin + in.V;
+    return {s.columns + begin, 0, bounded(s.end[r], begin, most) - begin};
   }
   if (s.ranges != nullptr) {
     const int64_t first = bounded(s.ranges[2 * (r % in.T)], 0, in.V);
@@ -241,7 +243,7 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
   constexpr int kSize = Pack<T>::kSize;
   if (slope.a == S(0) && slope.b == S(0)) {  // also where the row is not a number
     each_pack(
-        g, s, thread, threads, [&](int64_t v) { store_pack(g + v, Pack<T>{}); },
+        g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
         [&](int64_t v) { store(g + v, S(0)); });
     return;
   }
@@ -271,7 +273,7 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
               own ? slope.own(load(from.x + (token - c.first)), inv_temperature) : S(0);
 #pragma unroll
           for (int j = 0; j < kSize; ++j) store(&out.v[j], slope.other(load(&in.v[j])));
-          store_pack(g + v, out);
+          write_pack(g + v, out);
           if (own) store(g + token, at_token);
           return;
         }
@@ -279,7 +281,7 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
         if (c.list != nullptr || (v + kSize > c.first && v < last))
 #pragma unroll
           for (int j = 0; j < kSize; ++j) store(&out.v[j], value(v + j, next));
-        store_pack(g + v, out);
+        write_pack(g + v, out);
       },
       [&](int64_t v) {
         int64_t next = c.list == nullptr ? 0 : lower_bound(c, v);
@@ -306,8 +308,9 @@ struct RowSlopes {
 
 // A block a part of a row's V columns.
 template <class T>
-__global__ void __launch_bounds__(kThreads) grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad,
-                                                      int64_t grad_n, int64_t grad_t, int parts) {
+__global__ void __launch_bounds__(kThreads, 1)
+    grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad, int64_t grad_n, int64_t grad_t,
+              int parts) {
   using S = acc_t<T>;
   const int64_t r = blockIdx.x / parts;
   const RowColumns c = columns_of(in, r);
@@ -446,14 +449,16 @@ __global__ void score_logps(SequenceArgs q, const S* logps, S* grad) {
                   [&](int64_t t, S slope) { grad[n * q.T + t] = slope; }));
 }
 
-// Rows of `inner` elements, each times its factor; a block a part of a row.
+// Rows of `inner` elements, each times its factor; a block a part of a row.  In
+// place a factor of 1 costs nothing but the launch.
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_rows(ScaleArgs a, int parts) {
+__global__ void __launch_bounds__(kThreads, 1) scale_rows(ScaleArgs a, int parts) {
   using S = acc_t<T>;
   const int64_t n = blockIdx.x / parts;
   const T* x = static_cast<const T*>(a.grad) + n * a.inner;
   T* y = static_cast<T*>(a.out) + n * a.inner;
   const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
+  if (x == y && factor == S(1)) return;
   const bool aligned = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(y)) % 16 == 0;
   const auto one = [&](int64_t i) { store(y + i, load(x + i) * factor); };
   each_pack(
@@ -466,7 +471,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows(ScaleArgs a, int parts) {
         Pack<T> pack = load_pack(x + i);
 #pragma unroll
         for (int j = 0; j < Pack<T>::kSize; ++j) store(&pack.v[j], load(&pack.v[j]) * factor);
-        store_pack(y + i, pack);
+        write_pack(y + i, pack);
       },
       one);
 }
@@ -620,7 +625,8 @@ FusedPlan plan_fused(const Scores& in) {
   using S = acc_t<T>;
   constexpr int kLargestCluster = 8;  // what every device with clusters grants
   const DeviceLimits limits = device_limits();
-  const int most = limits.capability < 90 ? 1 : kLargestCluster;
+  const int most =
+      limits.capability < 90 || !knows_clusters(fused_sequences<T>) ? 1 : kLargestCluster;
   FusedPlan best;
   for (int cluster = 1; cluster <= most; cluster *= 2) {
     if (cluster > 1 && cluster / 2 >= in.T) break;  // blocks without a row

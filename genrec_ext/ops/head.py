@@ -6,6 +6,7 @@ semantic ID uses a few hundred.  Its full logits ``[N, T, V]`` need never exist.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def level_logits(hidden: Tensor, weight: Tensor, ranges: Tensor | Sequence[Any])
     >>> level_logits(hidden, weight, [(0, 2), (4, 5)]).tolist()
     [[[3.0, 12.0], [39.0, -inf]]]
     """
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     starts, ends = _levels(hidden, weight, ranges)
     return torch.ops.genrec.level_logits_forward(hidden, weight, starts, ends)
@@ -67,8 +68,12 @@ def _levels(
         )
     if isinstance(ranges, Tensor):
         ranges = _integers("ranges", ranges).tolist()
-    pairs = [tuple(pair) for pair in ranges]
     T, V = hidden.shape[1], weight.shape[0]
+    try:
+        pairs = [tuple(map(operator.index, pair)) for pair in ranges]
+    except TypeError as error:
+        given = f"got {ranges}"
+        raise ValueError(f"ranges must be pairs of integers, one a level, {given}") from error
     if len(pairs) != T or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"ranges must have shape [{T}, 2], one pair a level, got {pairs}")
     for t, (start, end) in enumerate(pairs):
@@ -76,7 +81,7 @@ def _levels(
             raise ValueError(
                 f"ranges[{t}] must satisfy 0 <= start < end <= V = {V}, got [{start}, {end})"
             )
-    return [int(start) for start, _ in pairs], [int(end) for _, end in pairs]
+    return [start for start, _ in pairs], [end for _, end in pairs]
 
 
 def _level_logits(hidden: Tensor, weight: Tensor, ranges: Tensor) -> Tensor:
@@ -103,14 +108,25 @@ def _forward_fake(hidden: Tensor, weight: Tensor, starts: list[int], ends: list[
 
 
 def _backward(
-    grad_logits: Tensor, hidden: Tensor, weight: Tensor, starts: list[int], ends: list[int]
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    starts: list[int],
+    ends: list[int],
+    for_hidden: bool,
+    for_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    cpu = weight.device.type == "cpu"
-    grad_weight = torch.ops.genrec.blank_like(weight) if cpu else weight.new_zeros(weight.shape)
+    grad_hidden = hidden.new_empty(hidden.shape if for_hidden else (0,))
+    if for_weight and weight.device.type == "cpu":
+        grad_weight = torch.ops.genrec.blank_like(weight)
+    else:
+        grad_weight = weight.new_zeros(weight.shape if for_weight else (0,))
     for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
         by_level = grad_logits[:, t, : end - start]
-        grad_hidden[:, t] = by_level @ weight[start:end].to(hidden.dtype)
+        if for_hidden:
+            grad_hidden[:, t] = by_level @ weight[start:end].to(hidden.dtype)
+        if not for_weight:
+            continue
         rows, part = grad_weight[start:end], by_level.t() @ hidden[:, t]
         shared = any(starts[i] < end and start < ends[i] for i in range(t))
         rows.add_(part) if shared else rows.copy_(part)  # reading blank memory costs pages too
@@ -118,9 +134,13 @@ def _backward(
 
 
 def _backward_fake(
-    grad_logits: Tensor, hidden: Tensor, weight: Tensor, starts: list[int], ends: list[int]
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    for_hidden, for_weight = rest[-2:]
+    return (
+        hidden.new_empty(hidden.shape if for_hidden else (0,)),
+        weight.new_empty(weight.shape if for_weight else (0,)),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,10 +151,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _grad(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     _first_order_only()
     hidden, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
     grads = torch.ops.genrec.level_logits_backward(
-        grad_logits, hidden, weight, ctx.starts, ctx.ends
+        grad_logits, hidden, weight, ctx.starts, ctx.ends, *wanted
     )
-    return (*grads, None, None)
+    kept = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return (*kept, None, None)
 
 
 _library = torch.library.Library("genrec", "IMPL")
@@ -144,5 +166,5 @@ for _device in ("CPU", "CUDA"):
     _library.impl("level_logits_backward", _backward, _device)
 torch.library.register_fake("genrec::level_logits_forward", _forward_fake)
 torch.library.register_fake("genrec::level_logits_backward", _backward_fake)
-torch.library.register_fake("genrec::blank_like", torch.empty_like)
+torch.library.register_fake("genrec::blank_like", lambda like: like.new_empty(like.shape))
 torch.library.register_autograd("genrec::level_logits_forward", _grad, setup_context=_setup)

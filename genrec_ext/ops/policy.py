@@ -428,13 +428,12 @@ def _sage_loss_and_stats(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     if with_grad and logits.dtype == torch.float16:
         return _sage_loss_in_two_steps(logits, tokens, old_logps, advantages, arguments)
+    rest = (_integers("tokens", tokens), _as(old_logps, dtype), _as(advantages, dtype))
+    arguments = _kernel_arguments(logits, arguments)
+    if with_grad and _is_plain(logits):
+        return _FusedLoss.apply(logits, *rest, arguments)
     loss, stats, _ = torch.ops.genrec.sage_loss_forward(
-        logits,
-        _integers("tokens", tokens),
-        _as(old_logps, dtype),
-        _as(advantages, dtype),
-        **_kernel_arguments(logits, arguments),
-        with_grad=with_grad,
+        logits, *rest, **arguments, with_grad=with_grad
     )
     return loss, stats
 
@@ -480,6 +479,45 @@ _OPERATOR_DEFAULTS: dict[str, Any] = {
 }
 
 
+class _FusedLoss(torch.autograd.Function):
+    """sage_loss_forward with its gradient held where nobody else sees it.
+
+    So it may be scaled in its own memory, and on CUDA a factor of 1 is found out by the kernel.
+    The operator's registered formula, which hands the gradient out, is for traced code.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        loss, stats, grad = torch.ops.genrec.sage_loss_forward(
+            logits, tokens, old_logps, advantages, **arguments, with_grad=True
+        )
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, *(arguments[name] for name in _SUPPORT))
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_loss is None:
+            return (None,) * 5
+        _first_order_only()
+        grad, *support = ctx.saved_tensors
+        if _is_one(grad_loss):
+            return grad, None, None, None, None
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        if again or not _is_plain(grad_loss):
+            return _times(grad_loss, grad), None, None, None, None
+        torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
+        return grad, None, None, None, None
+
+
 class _InplaceGrad(torch.autograd.Function):
     """The fused loss whose gradient takes the logits' memory."""
 
@@ -514,9 +552,10 @@ class _InplaceGrad(torch.autograd.Function):
         _first_order_only()
         grad, ctx.grad = ctx.grad, None
         if not _is_one(grad_loss):
-            grad.mul_(
-                grad_loss.view(-1, *(1,) * (grad.dim() - 1)) if grad_loss.dim() else grad_loss
-            )
+            if grad.is_contiguous() and _is_plain(grad_loss):
+                torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *(None,) * len(_SUPPORT))
+            else:
+                grad.mul_(grad_loss.view(-1, 1, 1) if grad_loss.dim() else grad_loss)
         return grad, None, None, None, None
 
 
@@ -550,17 +589,22 @@ def _is_sparse(logits: Tensor, arguments: dict[str, Any]) -> bool:
     return supported and logits.device.type == "cpu" and logits.nbytes >= 1 << 20
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether it holds numbers: not traced, not transformed, no fake."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def _is_one(grad_output: Tensor) -> bool:
     """Whether it is known, without waiting for a device or breaking a graph, to be a scalar 1."""
-    if torch.compiler.is_compiling() or type(grad_output) is not Tensor:
+    if not _is_plain(grad_output) or grad_output.device.type != "cpu" or grad_output.dim():
         return False
-    if grad_output.device.type != "cpu" or grad_output.dim():
-        return False
-    return not torch._C._functorch.is_batchedtensor(grad_output) and grad_output.item() == 1.0
+    return grad_output.item() == 1.0
 
 
 def _times(grad_output: Tensor, grad: Tensor) -> Tensor:
-    """grad scaled by what comes in, without a pass over it where that is the usual 1."""
+    """grad scaled by what comes in, without a pass over it where that is known to be 1."""
     if _is_one(grad_output):
         return grad
     return torch.ops.genrec.sage_loss_backward(grad_output, grad)
@@ -609,7 +653,7 @@ def _summary(stats: Tensor, advantages: Tensor) -> SageStats:
     capped = column["capped"]
 
     def share(rows: Tensor) -> Tensor:
-        return torch.where(rows, capped, 0).sum() / rows.sum().clamp(min=1)
+        return (capped * rows).sum() / rows.sum().clamp(min=1)
 
     return SageStats(
         column["ratio"].mean(),
@@ -753,6 +797,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sage_loss_forward": _sage_loss_forward_fake,
     "sage_loss_forward_": _sage_loss_forward_inplace_fake,
     "sage_loss_backward": _sage_loss_backward_fake,
+    "sage_loss_backward_": lambda *_: None,
     "sage_loss_from_logps_forward": _sage_loss_from_logps_forward_fake,
     "decoupled_advantages": _decoupled_advantages_fake,
 }
