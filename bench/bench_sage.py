@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import types
 from collections.abc import Callable
 from typing import Any
@@ -397,21 +398,24 @@ def main() -> None:
     quick, device = options.quick, options.device
     repeats = 3 if quick else 15 if device == "cpu" else 50
     wanted = [options.only] if options.only else ["loss", "support", "head"]
+    name = options.name or ("sage-quick" if quick else f"sage-{device}")
     results: dict[str, list[dict]] = {}
-    sections: list[str] = []
+    if options.only and (RESULTS / f"{name}.json").exists():  # the other parts stay
+        results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     if "loss" in wanted:
         results["loss"] = measure_loss(QUICK if quick else SHAPES, device, repeats)
-        sections += loss_tables(results["loss"])
     if "support" in wanted:
         results["support"] = measure_support((QUICK if quick else SHAPES)[-1], device, repeats)
-        sections += ["## 256-wide levels of a large vocabulary", ""]
-        sections += against_table(results["support"], "N × T × V", "ranges")
     if "head" in wanted:
         shapes = [(8, 5, 8_192, 64)] if quick else [(64, 5, 151_936, 1024)]
         results["head"] = measure_head(shapes, device, 3 if quick or device == "cpu" else 20)
+    sections = loss_tables(results["loss"]) if "loss" in results else []
+    if "support" in results:
+        sections += ["## 256-wide levels of a large vocabulary", ""]
+        sections += against_table(results["support"], "N × T × V", "ranges")
+    if "head" in results:
         sections += ["## Head and loss, 256-wide levels", ""]
         sections += against_table(results["head"], "N × T × V × d", "level_logits")
-    name = options.name or ("sage-quick" if quick else f"sage-{device}")
     command = "python bench/bench_sage.py" + (" --device cuda" if device == "cuda" else "")
     write_report(name, f"sage_loss on {machine_line().split(',')[0]}", command, sections, results)
     picture(name, results)

@@ -22,16 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 ARCHITECTURES = ("80", "90", "100")
 
-# Most registers a thread, by kernel: above these fewer blocks share a processor.
+# Most registers a thread, by kernel: above these fewer blocks share a processor.  Twice that for
+# doubles, which are for gradcheck.
 REGISTERS = {
     "fused_sequences": 104,
     "normalize_rows": 80,
     "sum_parts": 72,
     "finish_rows": 64,
-    "grad_rows": 56,
+    "grad_rows": 44,
     "score_sequences": 80,
     "score_logps": 80,
-    "scale_rows": 40,
+    "scale_rows": 42,
     "add_up": 40,
     "advantages": 80,
 }
@@ -86,7 +87,8 @@ def test_kernels_do_not_spill_and_keep_their_ceilings(compiled):
             spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             assert spills.groups() == ("0", "0"), f"{what} spills: {spills[0]}"
             registers = int(re.search(r"Used (\d+) registers", entry)[1])
-            assert registers <= REGISTERS[name], f"{what} uses {registers} registers"
+            ceiling = REGISTERS[name] * (2 if kind == "double" else 1)
+            assert registers <= ceiling, f"{what} uses {registers} registers"
             shared = re.search(r"(\d+) bytes smem", entry)
             assert int(shared[1] if shared else 0) <= STATIC_SHARED, f"{what}: {shared[0]}"
 

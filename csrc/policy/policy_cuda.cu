@@ -306,9 +306,10 @@ struct RowSlopes {
   int64_t stride, norm_stride, slope_stride;
 };
 
-// A block a part of a row's V columns.
+// A block a part of a row's V columns.  Six blocks a processor hide the memory's
+// latency; doubles need more registers, and are for gradcheck.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 6)
     grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad, int64_t grad_n, int64_t grad_t,
               int parts) {
   using S = acc_t<T>;
@@ -452,7 +453,7 @@ __global__ void score_logps(SequenceArgs q, const S* logps, S* grad) {
 // Rows of `inner` elements, each times its factor; a block a part of a row.  In
 // place a factor of 1 costs nothing but the launch.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) scale_rows(ScaleArgs a, int parts) {
+__global__ void __launch_bounds__(kThreads, 6) scale_rows(ScaleArgs a, int parts) {
   using S = acc_t<T>;
   const int64_t n = blockIdx.x / parts;
   const T* x = static_cast<const T*>(a.grad) + n * a.inner;

@@ -226,7 +226,7 @@ Rows make_rows(Random& random, DType dtype, bool special) {
       const auto i = static_cast<size_t>(r);
       rows.begin[i] = static_cast<int64_t>(columns.size());
       if (!random.one_in(8)) {
-        if (random.one_in(6)) columns.push_back(-5);
+        if (V > 1 && random.one_in(6)) columns.push_back(-5);
         const int64_t keep = 1 + random.below(V < 64 ? 3 : V / 8),
                       first = any(0, std::min<int64_t>(V, keep));
         const size_t before = columns.size();
@@ -290,7 +290,8 @@ Row define_row(const Rows& rows, const Buffer& logits, int64_t r) {
   if (rows.columns) {
     const int64_t M = s.support.num_columns;
     const int64_t begin = std::clamp<int64_t>(rows.begin[i], 0, M);
-    for (int64_t k = begin; k < std::min(rows.end[i], M); ++k) {
+    // A list ascends, so what lies beyond its first V entries is no list's.
+    for (int64_t k = begin; k < std::min({rows.end[i], M, begin + s.V}); ++k) {
       const int64_t v = rows.columns[static_cast<size_t>(k)];
       if (v >= 0 && v < s.V) row.support.push_back(v);
     }
@@ -654,9 +655,19 @@ void check_scale(Random& random, DType dtype) {
   Buffer grad(dtype, N * inner), factor(S, shared ? 1 : N), out(dtype, N * inner);
   for (int64_t i = 0; i < grad.size(); ++i) grad.set(i, random.normal());
   for (int64_t n = 0; n < factor.size(); ++n) factor.set(n, random.normal());
-  expect_success(
-      "scale", cuda_kernels.scale({dtype, N, inner, grad.data(), factor.data(), shared, out.data()},
-                                  nullptr));
+  if (random.one_in(4)) factor.set(0, 1);  // which costs nothing in place
+  ScaleArgs args;
+  args.dtype = dtype;
+  args.N = N, args.inner = inner;
+  args.grad = grad.data(), args.out = out.data();
+  args.factor = factor.data(), args.shared = shared;
+  expect_success("scale", cuda_kernels.scale(args, nullptr));
+  const Buffer before = grad;
+  args.out = grad.data();
+  expect_success("scale in place", cuda_kernels.scale(args, nullptr));
+  for (int64_t i = 0; i < grad.size(); ++i)
+    if (!grad.same_bits(out, i)) complain("scale in place differs");
+  grad = Buffer(before);
   for (int64_t i = 0; i < grad.size(); ++i) {
     const double want = grad[i] * factor[shared ? 0 : i / inner];
     expect("scaled", i, out[i], want, std::abs(want) * epsilon(dtype) + 1e-7);

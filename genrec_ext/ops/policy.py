@@ -649,7 +649,6 @@ def _kept_grad(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...
 
 def _summary(stats: Tensor, advantages: Tensor) -> SageStats:
     column = dict(zip(_STATS, stats.unbind(-1), strict=True))
-    positive = advantages >= 0
     capped = column["capped"]
 
     def share(rows: Tensor) -> Tensor:
@@ -658,8 +657,8 @@ def _summary(stats: Tensor, advantages: Tensor) -> SageStats:
     return SageStats(
         column["ratio"].mean(),
         column["coefficient"].mean(),
-        share(positive),
-        share(~positive),
+        share(advantages >= 0),
+        share(advantages < 0),
         column["entropy"].mean(),
         column["p"].mean(),
         column["kl"].mean(),
