@@ -16,6 +16,33 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 
 
+def column_bounds(
+    levels: int, level_offsets: Sequence[int] | None, level_sizes: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Where each level's columns begin, and the column that its labels must stay below.
+
+    Raises:
+        ValueError: a list without an entry a level, offsets that descend, or a negative size.
+    """
+    for name, values in (("level_offsets", level_offsets), ("level_sizes", level_sizes)):
+        if values is not None and len(values) != levels:
+            raise ValueError(f"{name} must have {levels} entries, one a level, got {len(values)}")
+    begins = [0] * levels if level_offsets is None else [int(x) for x in level_offsets]
+    if any(a > b for a, b in zip([0, *begins], begins)):
+        raise ValueError(f"level_offsets must be ascending and >= 0, got {begins}")
+    if begins[-1] >= 2**31:
+        raise ValueError(f"level_offsets must stay below 2^31, got {begins}")
+    ends = [2**31] * levels
+    if level_offsets is not None:
+        ends = [*begins[1:], 2**31]
+    if level_sizes is not None:
+        for level, size in enumerate(level_sizes):
+            if int(size) < 0:
+                raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
+        ends = [begin + int(size) for begin, size in zip(begins, level_sizes)]
+    return begins, ends
+
+
 class Trie:
     """Which token sequences are items, and which items they are.
 
@@ -32,24 +59,24 @@ class Trie:
     def __init__(
         self,
         first_child: Sequence[Tensor],
-        labels: Sequence[Tensor],
+        columns: Tensor,
         items: Tensor,
-        first_item: Tensor,
+        repeats: Tensor,
         level_offsets: Sequence[int] | None,
         level_sizes: Sequence[int] | None,
         item_ids: list[Any] | None,
     ) -> None:
-        self._first_child = list(first_child)
-        self._labels = list(labels)
-        self._items = items
-        self._first_item = first_item
+        # All labels in one list, for supports: a child's place is its node plus the level's start.
+        self._first_child, self._columns = list(first_child), columns
+        starts = np.cumsum([0, *(len(part) - 1 for part in self._first_child[1:])])
+        self._column_start = [int(x) for x in starts]
+        ends = [*self._column_start[1:], len(columns)]
+        self._labels = [columns[a:b] for a, b in zip(self._column_start, ends)]
+        # Items by leaf, and the leaf of each that is not its leaf's first: see csrc/trie/build.h.
+        self._items, self._repeats = items, repeats
         self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
         self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
         self.item_ids = item_ids
-        # All labels in one list, for supports: a child's place is its node plus the level's start.
-        self._columns = torch.cat(self._labels)
-        starts = np.cumsum([0, *(len(part) for part in self._labels)])
-        self._column_start = [int(x) for x in starts[:-1]]
 
     @classmethod
     def from_items(
@@ -83,44 +110,24 @@ class Trie:
         N, L = array.shape
         if item_ids is not None and len(item_ids) != N:
             raise ValueError(f"item_ids must name {N} items, got {len(item_ids)}")
-        for name, values in (("level_offsets", level_offsets), ("level_sizes", level_sizes)):
-            if values is not None and len(values) != L:
-                raise ValueError(f"{name} must have {L} entries, one a level, got {len(values)}")
-        offsets = [0] * L if level_offsets is None else [int(x) for x in level_offsets]
-        if any(a > b for a, b in zip([0, *offsets], offsets)):
-            raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
-        for level in range(L):
-            size = None
-            if level_sizes is not None:
-                size = int(level_sizes[level])
-            elif level_offsets is not None and level + 1 < L:
-                size = offsets[level + 1] - offsets[level]
-            if size is not None and size < 0:
-                raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
-            last = int(array[:, level].max(initial=0)) + offsets[level]
-            if last >= 2**31:
-                raise ValueError(
-                    f"codes and level_offsets reach column {last} at level {level}; columns must "
-                    "stay below 2^31"
-                )
-            if size is not None and N and int(array[:, level].max()) >= size:
-                item = int(array[:, level].argmax())
-                raise ValueError(
-                    f"codes[{item}, {level}] = {int(array[item, level])} does not fit the level's "
-                    f"{size} columns"
-                )
-        order, first_child, level_codes, first_item = _C.build_trie(
-            np.ascontiguousarray(array, dtype=np.int64)
+        offsets, ends = column_bounds(L, level_offsets, level_sizes)
+        if array.dtype == np.uint64:
+            array = np.minimum(array, np.uint64(2**63 - 1))
+        if array.dtype != np.int32:
+            array = array.astype(np.int64, copy=False)
+        # A thread is worth starting for about this many items.
+        threads = min(torch.get_num_threads(), 1 + N // 2**14)
+        first_child, columns, items, repeats = _C.build_trie(
+            np.ascontiguousarray(array),
+            offsets,
+            [end - offset for offset, end in zip(offsets, ends)],
+            threads,
         )
-        labels = [
-            torch.from_numpy(np.asarray(part)) + offset
-            for part, offset in zip(level_codes, offsets, strict=True)
-        ]
         return cls(
-            [torch.from_numpy(np.asarray(part)) for part in first_child],
-            labels,
-            torch.from_numpy(np.asarray(order)),
-            torch.from_numpy(np.asarray(first_item)),
+            [torch.from_numpy(part) for part in first_child],
+            torch.from_numpy(columns),
+            torch.from_numpy(items),
+            torch.from_numpy(repeats),
             level_offsets,
             level_sizes,
             None if item_ids is None else list(item_ids),
@@ -260,14 +267,24 @@ class Trie:
         """All items at a leaf, ascending, as indices into the codes the trie was built from."""
         if not 0 <= leaf < self.num_nodes(self.levels):
             raise IndexError(f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}")
-        return self._items[int(self._first_item[leaf]) : int(self._first_item[leaf + 1])]
+        at = self._repeats.new_tensor(leaf)
+        begin = leaf + int(torch.searchsorted(self._repeats, at))
+        end = leaf + 1 + int(torch.searchsorted(self._repeats, at, right=True))
+        return self._items[begin:end].long()
 
     def first_items(self, leaves: Tensor) -> Tensor:
         """The first item of each leaf, -1 for -1; same shape as ``leaves``."""
         if not self.num_items:
             return torch.full_like(leaves, -1)
-        first = self._items[self._first_item[leaves.clamp(min=0)]]
+        live = leaves.clamp(min=0)
+        first = self._items[self._items_begin(live)].to(leaves.dtype)
         return torch.where(leaves < 0, -1, first)
+
+    def _items_begin(self, leaves: Tensor) -> Tensor:
+        """Where the items of each leaf begin; for the number of leaves, where all end."""
+        if not len(self._repeats):
+            return leaves
+        return leaves + torch.searchsorted(self._repeats, leaves.int())
 
     def forbidden_nodes(self, items: Tensor) -> list[Tensor]:
         """Which nodes lead to forbidden items only.
@@ -286,7 +303,9 @@ class Trie:
         # Leaves in trie order hold runs of items, and nodes hold runs of leaves.
         counts = items[..., self._items].long().cumsum(-1)
         counts = torch.nn.functional.pad(counts, (1, 0))
-        bounds = self._first_item
+        bounds = self._items_begin(
+            torch.arange(self.num_nodes(self.levels) + 1, device=self.device)
+        )
         result = []
         for level in reversed(range(self.levels)):
             blocked = counts[..., bounds[1:]] - counts[..., bounds[:-1]]
@@ -298,17 +317,17 @@ class Trie:
         """The same trie on another device."""
         return Trie(
             [part.to(device) for part in self._first_child],
-            [part.to(device) for part in self._labels],
+            self._columns.to(device),
             self._items.to(device),
-            self._first_item.to(device),
+            self._repeats.to(device),
             self.level_offsets,
             self.level_sizes,
             self.item_ids,
         )
 
     def memory_bytes(self) -> int:
-        """Bytes of all arrays."""
-        parts = [*self._first_child, *self._labels, self._columns, self._items, self._first_item]
+        """Bytes of all arrays; the names of items are not counted."""
+        parts = [*self._first_child, self._columns, self._items, self._repeats]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def report(self) -> dict[str, Any]:
@@ -318,14 +337,14 @@ class Trie:
         >>> report["colliding_items"], report["largest_collision"]
         (2, 2)
         """
-        runs = self._first_item.diff()
+        _, more = self._repeats.unique_consecutive(return_counts=True)
         nodes = [self.num_nodes(level) for level in range(self.levels + 1)]
         return {
             "items": self.num_items,
             "levels": self.levels,
             "nodes": nodes,
             "branching": [nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)],
-            "colliding_items": int(runs[runs > 1].sum()),
-            "largest_collision": int(runs.max()) if len(runs) else 0,
+            "colliding_items": len(self._repeats) + len(more),
+            "largest_collision": 1 + int(more.max()) if len(more) else min(self.num_items, 1),
             "bytes": self.memory_bytes(),
         }
