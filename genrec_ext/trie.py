@@ -6,7 +6,10 @@ are contiguous and sorted, so a child's position is its node id and no pointers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
+from .tensor_file import read_tensors, write_tensors
+
+FORMAT, VERSION = "genrec.trie", 1
+"""What the files of :meth:`Trie.save` are called."""
 
 
 def column_bounds(
@@ -41,6 +48,78 @@ def column_bounds(
                 raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
         ends = [begin + int(size) for begin, size in zip(begins, level_sizes)]
     return begins, ends
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], begins: list[int], ends: list[int]) -> None:
+    """Checks all that decoding relies on, so that a file's arrays can be trusted like built ones.
+
+    Args:
+        arrays: ``first_child.0`` to ``first_child.{L - 1}``, ``labels``, ``items`` and ``repeats``,
+            as csrc/trie/build.h defines them.
+        begins, ends: of :func:`column_bounds`.
+
+    Raises:
+        ValueError: the first array at fault, and what is wrong with it.
+    """
+
+    def require(fine: Any, text: str) -> None:
+        if not fine:
+            raise ValueError(text)
+
+    L = len(begins)
+    for name, array in arrays.items():
+        require(array.dtype == np.int32, f"{name} must be int32, got {array.dtype}")
+    first = [arrays[f"first_child.{level}"] for level in range(L)]
+    labels, items, repeats = arrays["labels"], arrays["items"], arrays["repeats"]
+    for level in range(L):
+        require(len(first[level]), f"first_child.{level} is empty")
+    require(len(first[0]) == 2, f"first_child.0 must have 2 entries, got {len(first[0])}")
+    nodes = [len(part) - 1 for part in first]
+    leaves = len(labels) - sum(nodes[1:])
+    require(leaves >= 0, f"labels has {len(labels)} entries, but {sum(nodes[1:])} nodes have one")
+    nodes.append(leaves)
+    N = len(items)
+    require(
+        len(repeats) == N - leaves,
+        f"repeats must have {N - leaves} entries, of {N} items at {leaves} leaves, got "
+        f"{len(repeats)}",
+    )
+    at = 0
+    for level, begin in enumerate(first):
+        name, count = f"first_child.{level}", nodes[level + 1]
+        require(
+            begin[0] == 0 and begin[-1] == count,
+            f"{name} must run from 0 to the {count} nodes of level {level + 1}, got "
+            f"{begin[0]} to {begin[-1]}",
+        )
+        # Every node leads to an item; only the root of an empty catalogue has no children.
+        fine = (begin[1:] > begin[:-1]).all() or (N == 0 and level == 0)
+        require(fine, f"{name} must be strictly ascending")
+        part = labels[at : at + count]
+        at += count
+        if count:
+            low, high = int(part.min()), int(part.max())
+            require(
+                begins[level] <= low and high < ends[level],
+                f"labels of level {level} must lie in its columns [{begins[level]}, "
+                f"{ends[level]}), got {low} to {high}",
+            )
+        rising = part[1:] > part[:-1]
+        rising[begin[1:-1] - 1] = True  # from one node to the next they may fall
+        require(rising.all(), f"labels of level {level} must be ascending below each node")
+    if len(repeats):
+        require(
+            repeats[0] >= 0 and repeats[-1] < leaves and (repeats[1:] >= repeats[:-1]).all(),
+            f"repeats must be ascending leaves, in [0, {leaves})",
+        )
+    if N:
+        low, high = int(items.min()), int(items.max())
+        require(low >= 0 and high < N, f"items must lie in [0, {N}), got {low} to {high}")
+    seen = np.zeros(N, dtype=bool)
+    seen[items] = True
+    require(seen.all(), "items must name every item once")
+    places = repeats + np.arange(1, len(repeats) + 1)
+    require((items[places] > items[places - 1]).all(), "items must be ascending at each leaf")
 
 
 class Trie:
@@ -132,6 +211,72 @@ class Trie:
             level_sizes,
             None if item_ids is None else list(item_ids),
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the trie to a safetensors file, for :meth:`load`.
+
+        The file replaces an older one at once: a reader finds the old or the new, never a part.
+
+        Args:
+            path: where to; the folder must exist.
+
+        Raises:
+            ValueError: ``item_ids`` are neither all strings nor all integers of 64 bits.
+            OSError: the file cannot be written.
+        """
+        arrays = {f"first_child.{level}": part for level, part in enumerate(self._first_child)}
+        arrays |= {"labels": self._columns, "items": self._items, "repeats": self._repeats}
+        tensors = {name: part.cpu().numpy() for name, part in arrays.items()}
+        tensors |= _packed_ids(self.item_ids)
+        metadata = {
+            "level_offsets": json.dumps(self.level_offsets),
+            "level_sizes": json.dumps(self.level_sizes),
+        }
+        write_tensors(path, FORMAT, VERSION, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trie:
+        """The trie of a file that :meth:`save` wrote, on the CPU.
+
+        The arrays are the file's own pages, mapped and not copied.  All of it is read once, to
+        compare the checksum and to check every array that decoding relies on.  Replace such a file
+        by :meth:`save` or by renaming; one that is overwritten in place changes under its readers.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is truncated, corrupted, of another format or version, or describes
+                no trie; names the file and the field.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Trie.from_items([[0, 1], [3, 1]], item_ids=["a", "b"]).save(f"{folder}/trie")
+        ...     trie = Trie.load(f"{folder}/trie")
+        >>> trie.num_items, trie.labels(0).tolist(), trie.item_ids
+        (2, [0, 3], ['a', 'b'])
+        """
+        metadata, tensors = read_tensors(path, FORMAT, VERSION)
+        try:
+            levels = sum(name.startswith("first_child.") for name in tensors)
+            if not levels:
+                raise ValueError("there is no first_child.0")
+            names = [*(f"first_child.{x}" for x in range(levels)), "labels", "items", "repeats"]
+            for name in names:
+                if name not in tensors:
+                    raise ValueError(f"there is no {name}")
+            arrays = {name: tensors.pop(name) for name in names}
+            offsets, sizes = (
+                _integers_or_none(name, metadata.get(name))
+                for name in ("level_offsets", "level_sizes")
+            )
+            check_arrays(arrays, *column_bounds(levels, offsets, sizes))
+            item_ids = _unpacked_ids(tensors, len(arrays["items"]))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        *first_child, columns, items, repeats = (torch.from_numpy(arrays[x]) for x in names)
+        return cls(first_child, columns, items, repeats, offsets, sizes, item_ids)
 
     @property
     def levels(self) -> int:
@@ -348,3 +493,60 @@ class Trie:
             "largest_collision": 1 + int(more.max()) if len(more) else min(self.num_items, 1),
             "bytes": self.memory_bytes(),
         }
+
+
+def _packed_ids(item_ids: list[Any] | None) -> dict[str, np.ndarray]:
+    """Names as tensors: int64 ``item_ids``, or the UTF-8 of all and where each one ends."""
+    if item_ids is None:
+        return {}
+    try:
+        if item_ids and all(isinstance(x, (int, np.integer)) for x in item_ids):
+            if not any(isinstance(x, bool) for x in item_ids):
+                return {"item_ids": np.array([int(x) for x in item_ids], dtype=np.int64)}
+        elif all(isinstance(x, str) for x in item_ids):
+            texts = [x.encode() for x in item_ids]
+            ends = np.cumsum([len(x) for x in texts], dtype=np.int64)
+            text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+            return {"item_ids.end": ends, "item_ids.text": text}
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"item_ids cannot be saved: {error}") from error
+    raise ValueError("item_ids can be saved only where all are strings or all are integers")
+
+
+def _unpacked_ids(tensors: Mapping[str, np.ndarray], N: int) -> list[Any] | None:
+    """The inverse of :func:`_packed_ids`; ``tensors`` holds nothing else."""
+    if not tensors:
+        return None
+    if set(tensors) == {"item_ids"}:
+        numbers = tensors["item_ids"]
+        if numbers.dtype != np.int64 or len(numbers) != N:
+            raise ValueError(f"item_ids must be int64 [{N}], got {numbers.dtype} [{len(numbers)}]")
+        return numbers.tolist()
+    if set(tensors) != {"item_ids.end", "item_ids.text"}:
+        raise ValueError(f"unknown tensors: {', '.join(sorted(tensors))}")
+    ends, text = tensors["item_ids.end"], tensors["item_ids.text"]
+    if ends.dtype != np.int64 or len(ends) != N:
+        raise ValueError(f"item_ids.end must be int64 [{N}], got {ends.dtype} [{len(ends)}]")
+    if text.dtype != np.uint8:
+        raise ValueError(f"item_ids.text must be uint8, got {text.dtype}")
+    begins = np.concatenate([np.zeros(1, dtype=np.int64), ends])
+    if begins[-1] != len(text) or (begins[1:] < begins[:-1]).any():
+        raise ValueError(f"item_ids.end must ascend from 0 to the {len(text)} bytes of the text")
+    held, places = text.tobytes(), begins.tolist()
+    try:
+        return [held[a:b].decode() for a, b in itertools.pairwise(places)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"item_ids.text is not UTF-8: {error}") from error
+
+
+def _integers_or_none(name: str, text: str | None) -> list[int] | None:
+    """A list from the metadata of a file."""
+    try:
+        values = json.loads(text or "")
+    except (ValueError, RecursionError):
+        values = text
+    if values is not None and not (
+        isinstance(values, list) and all(type(value) is int for value in values)
+    ):
+        raise ValueError(f"__metadata__.{name} must be null or a list of integers, got {text!r}")
+    return values
