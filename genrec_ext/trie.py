@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
+from .data.readers import read_index
 from .tensor_file import read_tensors, write_tensors
 
 FORMAT, VERSION = "genrec.trie", 1
@@ -211,6 +212,38 @@ class Trie:
             level_sizes,
             None if item_ids is None else list(item_ids),
         )
+
+    @classmethod
+    def from_index_json(
+        cls,
+        path: str | os.PathLike[str],
+        level_offsets: Sequence[int] | None = None,
+        level_sizes: Sequence[int] | None = None,
+    ) -> Trie:
+        """Builds the trie of an index table, ``{"item": ["<a_12>", "<b_7>", ...], ...}``.
+
+        Args:
+            path: the file, ``X.index.json``.  Items are numbered in its order, and its keys are
+                ``trie.item_ids``.
+            level_offsets, level_sizes: as in :meth:`from_items`.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is no index table, or its codes do not fit; names the file.
+
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "Shop.index.json"
+        ...     _ = path.write_text('{"7": ["<a_0>", "<b_2>"], "4": ["<a_0>", "<b_1>"]}')
+        ...     trie = Trie.from_index_json(path)
+        >>> trie.labels(1).tolist(), trie.item_ids, trie.items_of(0).tolist()
+        ([1, 2], ['7', '4'], [1])
+        """
+        table = read_index(os.fspath(path))
+        try:
+            return cls.from_items(list(table.values()), list(table), level_offsets, level_sizes)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trie to a safetensors file, for :meth:`load`.

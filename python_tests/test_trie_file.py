@@ -1,4 +1,4 @@
-"""Files of tries: what is written comes back, and nothing else is accepted."""
+"""Files of tries: what is written comes back, and nothing else is accepted; index tables."""
 
 import hashlib
 import json
@@ -178,6 +178,31 @@ def test_names_that_no_file_can_hold_are_refused(tmp_path, ids, text):
     with pytest.raises(ValueError, match=f"item_ids .*{text}"):
         Trie.from_items([[0], [1]], ids).save(tmp_path / "t")
     assert not list(tmp_path.iterdir())
+
+
+# ---- index tables ----
+
+
+def test_an_index_table_makes_the_trie_of_its_items_in_its_order(tmp_path):
+    path = tmp_path / "Shop.index.json"
+    table = {"12": ["<a_3>", "<b_1>"], "2": ["<a_0>", "<b_1>"], "7": ["<a_3>", "<b_1>"]}
+    path.write_text(json.dumps(table))
+    trie = Trie.from_index_json(path, level_offsets=[0, 4], level_sizes=[4, 2])
+    want = Trie.from_items([[3, 1], [0, 1], [3, 1]], ["12", "2", "7"], [0, 4], [4, 2])
+    assert_same(trie, want)
+    with pytest.raises(ValueError, match=r"Shop.index.json: codes\[0, 0\] = 3 does not fit"):
+        Trie.from_index_json(str(path), level_sizes=[2, 2])
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    (("{}", "is empty"), ('{"1": ["<b_1>"]}', "expected '<a_CODE>'"), ("[", "not JSON")),
+)
+def test_a_malformed_index_table_is_an_error_that_names_the_file(tmp_path, content, text):
+    path = tmp_path / "Shop.index.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"Shop.index.json: .*{text}"):
+        Trie.from_index_json(path)
 
 
 # ---- nothing else is accepted ----
