@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genrec_ext import Trie, beam_search
+from genrec_ext.tensor_file import read_tensors, write_tensors
 from genrec_ext.trie import FORMAT, VERSION
 
 # Mutated files a test; CONTRIBUTING.md has the long form.
@@ -315,6 +316,53 @@ def test_every_array_is_checked_even_under_a_fresh_checksum(tmp_path, name, edit
     path.write_bytes(edited(path.read_bytes(), name, edit))
     with pytest.raises(ValueError, match=text):
         Trie.load(path)
+
+
+@pytest.mark.parametrize(
+    "name, resize, text",
+    (
+        ("first_child.0", lambda array: np.append(array, array[-1:]), "must have 2 entries"),
+        ("first_child.2", lambda array: array[:0], "first_child.2 is empty"),
+        ("first_child.2", lambda array: array[:-1], "repeats must have"),
+        ("labels", lambda array: array[:5], "labels has 5 entries, but"),
+        ("labels", lambda array: array[:-1], "repeats must have"),
+        ("labels", lambda array: array.astype(np.int64), "labels must be int32"),
+        ("repeats", lambda array: array[:-1], "repeats must have"),
+        ("items", lambda array: array[:-1], "repeats must have"),
+        ("item_ids.end", lambda array: array[:-1], r"item_ids.end must be int64 \[40\]"),
+        ("item_ids.end", lambda array: array.astype(np.int32), "item_ids.end must be int64"),
+        ("item_ids.text", lambda array: array[:-1], "item_ids.end must ascend"),
+        ("item_ids.text", lambda array: np.zeros(9, np.int32), "item_ids.text must be uint8"),
+    ),
+)
+def test_every_size_and_type_is_checked(tmp_path, name, resize, text):
+    example().save(tmp_path / "t")
+    metadata, tensors = read_tensors(tmp_path / "t", FORMAT, VERSION)
+    tensors[name] = resize(tensors[name])
+    kept = {key: metadata[key] for key in ("level_offsets", "level_sizes")}
+    write_tensors(tmp_path / "t", FORMAT, VERSION, tensors, kept)
+    with pytest.raises(ValueError, match=text):
+        Trie.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", ("first_child.0", "first_child.1", "labels", "items", "repeats"))
+def test_every_array_must_be_there(tmp_path, name):
+    example(item_ids=False).save(tmp_path / "t")
+    _, tensors = read_tensors(tmp_path / "t", FORMAT, VERSION)
+    del tensors[name]
+    metadata = {"level_offsets": "null", "level_sizes": "null"}
+    write_tensors(tmp_path / "t", FORMAT, VERSION, tensors, metadata)
+    with pytest.raises(ValueError, match="there is no"):
+        Trie.load(tmp_path / "t")
+
+
+def test_tensors_of_no_known_name_are_refused(tmp_path):
+    example(item_ids=False).save(tmp_path / "t")
+    _, tensors = read_tensors(tmp_path / "t", FORMAT, VERSION)
+    metadata = {"level_offsets": "null", "level_sizes": "null"}
+    write_tensors(tmp_path / "t", FORMAT, VERSION, tensors | {"x": tensors["items"]}, metadata)
+    with pytest.raises(ValueError, match="unknown tensors: x"):
+        Trie.load(tmp_path / "t")
 
 
 def test_items_of_a_leaf_out_of_order_are_refused(tmp_path):
