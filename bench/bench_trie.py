@@ -1,17 +1,20 @@
-"""One step of constrained beam search against the best eager PyTorch, summed over deep levels.
+"""The trie: building it, and a step of constrained beam search.
 
-python bench/bench_trie.py [--quick]
+python bench/bench_trie.py [step] [build] [--quick]
 
-Eager PyTorch here is a gather of the children through the same CSR arrays, a log-softmax of the
-rows and a topk; it breaks ties as topk does.
+step: against the best eager PyTorch, summed over deep levels.  Eager PyTorch here is a gather of
+the children through the same CSR arrays, a log-softmax of the rows and a topk; it breaks ties as
+topk does.
+build: `Trie.from_items` against the same arrays made by NumPy from a lexsort of the levels.
 """
 
 from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
-from common import interleaved, write
+from common import interleaved, peak_memory, write
 
 from genrec_ext import Trie, trie_beam_step
 
@@ -58,10 +61,83 @@ def measure(steps, repeats: int) -> dict:
     )
 
 
+def lexsort_build(codes):
+    """The trie's arrays by NumPy: first_child by level, labels by level, items and repeats."""
+    items = np.lexsort(codes.T[::-1]).astype(np.int32)
+    ordered = codes[items]
+    starts = np.zeros(len(items), dtype=bool)
+    starts[:1] = True
+    parents, first_child, labels = np.zeros(1, dtype=np.int64), [], []
+    for level in range(codes.shape[1]):
+        starts[1:] |= ordered[1:, level] != ordered[:-1, level]
+        places = np.flatnonzero(starts)
+        labels.append(ordered[places, level].astype(np.int32))
+        begin = np.searchsorted(places, np.append(parents, len(items)))
+        first_child.append(begin.astype(np.int32))
+        parents = places
+    repeats = (np.cumsum(starts)[~starts] - 1).astype(np.int32)
+    return first_child, labels, items, repeats
+
+
+def build(quick: bool) -> None:
+    rows, raw = [], []
+    for items in (10**4, 10**5) if quick else (10**4, 10**5, 10**6, 10**7):
+        codes = np.random.default_rng(0).integers(0, 256, (items, 4))
+        trie = Trie.from_items(codes)
+        first_child, labels, order, _ = lexsort_build(codes)
+        for level in range(4):
+            assert (trie.first_child(level).numpy() == first_child[level]).all()
+            assert (trie.labels(level).numpy() == labels[level]).all()
+        assert trie.items_of(0).tolist() == order[: len(trie.items_of(0))].tolist()
+        methods = {
+            "genrec": lambda codes=codes: Trie.from_items(codes),
+            "lexsort": lambda codes=codes: lexsort_build(codes),
+        }
+        times = interleaved(methods, 3 if quick or items == 10**7 else 9)
+        peaks = [peak_memory(method) * 2**20 / items for method in methods.values()]
+        held = trie.memory_bytes() / items
+        raw.append({"items": items, "times": times, "bytes": held, "peak_bytes": peaks})
+        ours, numpy = times["genrec"], times["lexsort"]
+        rows.append(
+            [
+                f"{items:,}",
+                f"{ours['median']:.1f} ({ours['p20']:.1f} to {ours['p80']:.1f})",
+                f"{ours['median'] * 1e6 / items:.0f}",
+                f"{numpy['median']:.1f} ({numpy['p20']:.1f} to {numpy['p80']:.1f})",
+                f"{numpy['median'] / ours['median']:.1f}",
+                f"{held:.1f}",
+                # Smaller runs reuse memory that the process holds already, and show no peak.
+                *(f"{peak:.0f}" if items >= 10**7 else "" for peak in peaks),
+            ]
+        )
+    header = [
+        "items of 4 levels of 256",
+        "genrec (p20 to p80)",
+        "ns an item",
+        "NumPy lexsort (p20 to p80)",
+        "NumPy / genrec",
+        "bytes an item",
+        "peak bytes an item",
+        "the same, NumPy",
+    ]
+    name = "trie-build-quick" if quick else "trie-build"
+    write(name, "Building the trie", "python bench/bench_trie.py build", header, rows, raw)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help="step, build; default: both")
     parser.add_argument("--quick", action="store_true", help="small cases, three repeats")
-    quick = parser.parse_args().quick
+    arguments = parser.parse_args()
+    sections = {"step": step, "build": build}
+    unknown = set(arguments.sections) - set(sections)
+    if unknown:
+        parser.error(f"sections are {', '.join(sections)}, got {', '.join(sorted(unknown))}")
+    for name in arguments.sections or sections:
+        sections[name](arguments.quick)
+
+
+def step(quick: bool) -> None:
     cases = (
         [(20_000, 1024, 8, 10)]
         if quick

@@ -13,31 +13,43 @@ namespace py = pybind11;
 
 namespace {
 
-// Hands a vector's memory to numpy without a copy.
+// Hands an array's memory to numpy without a copy.
 template <class T>
-py::array_t<T> as_array(std::vector<T>&& values) {
-  auto* held = new std::vector<T>(std::move(values));
-  py::capsule owner(held, [](void* p) { delete static_cast<std::vector<T>*>(p); });
-  return py::array_t<T>(static_cast<py::ssize_t>(held->size()), held->data(), owner);
+py::array_t<T> as_numpy(genrec::trie::Array<T>&& values) {
+  T* data = values.data.get();
+  py::capsule owner(data, [](void* p) { delete[] static_cast<T*>(p); });
+  values.data.release();
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size), data, owner);
 }
 
-py::tuple build_trie(py::array_t<int64_t, py::array::c_style> codes) {
+template <class T>
+py::tuple build_trie(const py::array_t<T, py::array::c_style>& codes,
+                     const std::vector<int64_t>& offsets, const std::vector<int64_t>& sizes,
+                     int64_t threads) {
   if (codes.ndim() != 2)
     throw std::invalid_argument("codes must have shape [N, L], got " +
                                 std::to_string(codes.ndim()) + " dimensions");
-  const int64_t *data = codes.data(), N = codes.shape(0), L = codes.shape(1);
+  const T* data = codes.data();
+  const int64_t N = codes.shape(0), L = codes.shape(1);
+  if (static_cast<int64_t>(offsets.size()) != L || static_cast<int64_t>(sizes.size()) != L)
+    throw std::invalid_argument("offsets and sizes must have " + std::to_string(L) + " entries");
   genrec::trie::Built built;
   {
     py::gil_scoped_release release;
-    built = genrec::trie::build(data, N, L);
+    built = genrec::trie::build(data, N, L, offsets.data(), sizes.data(), threads);
   }
-  py::list first_child, labels;
-  for (auto& level : built.levels) {
-    first_child.append(as_array(std::move(level.first_child)));
-    labels.append(as_array(std::move(level.codes)));
-  }
-  return py::make_tuple(as_array(std::move(built.order)), first_child, labels,
-                        as_array(std::move(built.first_item)));
+  py::list first_child;
+  for (auto& level : built.first_child) first_child.append(as_numpy(std::move(level)));
+  return py::make_tuple(first_child, as_numpy(std::move(built.labels)),
+                        as_numpy(std::move(built.items)), as_numpy(std::move(built.repeats)));
+}
+
+template <class T>
+void define_build_trie(py::module_& m) {
+  m.def("build_trie", &build_trie<T>, py::arg("codes").noconvert(), py::arg("offsets"),
+        py::arg("sizes"), py::arg("threads"),
+        "codes [N, L] int32 or int64, offsets [L], sizes [L] -> (first_child per level, labels, "
+        "items [N], repeats); see csrc/trie/build.h");
 }
 
 py::dict build_facts() {
@@ -58,8 +70,8 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Trie builder and build facts of genrec_ext; needs no torch.";
-  m.def("build_trie", &build_trie, py::arg("codes"),
-        "codes [N, L] int64 -> (order [N], first_child per level, codes per level, first_item)");
+  define_build_trie<int32_t>(m);
+  define_build_trie<int64_t>(m);
   m.def("build_facts", &build_facts, "What was built: versions, instruction sets, architectures.");
   m.def(
       "instruction_set", [] { return genrec::isa_name(genrec::active_isa()); },

@@ -6,7 +6,10 @@ are contiguous and sorted, so a child's position is its node id and no pointers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,110 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
+from .data.readers import read_index
+from .tensor_file import read_tensors, write_tensors
+
+FORMAT, VERSION = "genrec.trie", 1
+"""What the files of :meth:`Trie.save` are called."""
+
+
+def column_bounds(
+    levels: int, level_offsets: Sequence[int] | None, level_sizes: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Where each level's columns begin, and the column that its labels must stay below.
+
+    Raises:
+        ValueError: a list without an entry a level, offsets that descend, or a negative size.
+    """
+    for name, values in (("level_offsets", level_offsets), ("level_sizes", level_sizes)):
+        if values is not None and len(values) != levels:
+            raise ValueError(f"{name} must have {levels} entries, one a level, got {len(values)}")
+    begins = [0] * levels if level_offsets is None else [int(x) for x in level_offsets]
+    if any(a > b for a, b in zip([0, *begins], begins)):
+        raise ValueError(f"level_offsets must be ascending and >= 0, got {begins}")
+    if begins[-1] >= 2**31:
+        raise ValueError(f"level_offsets must stay below 2^31, got {begins}")
+    ends = [2**31] * levels
+    if level_offsets is not None:
+        ends = [*begins[1:], 2**31]
+    if level_sizes is not None:
+        for level, size in enumerate(level_sizes):
+            if int(size) < 0:
+                raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
+        ends = [begin + int(size) for begin, size in zip(begins, level_sizes)]
+    return begins, ends
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], begins: list[int], ends: list[int]) -> None:
+    """Checks all that decoding relies on, so that a file's arrays can be trusted like built ones.
+
+    Args:
+        arrays: ``first_child.0`` to ``first_child.{L - 1}``, ``labels``, ``items`` and ``repeats``,
+            as csrc/trie/build.h defines them.
+        begins, ends: of :func:`column_bounds`.
+
+    Raises:
+        ValueError: the first array at fault, and what is wrong with it.
+    """
+
+    def require(fine: Any, text: str) -> None:
+        if not fine:
+            raise ValueError(text)
+
+    L = len(begins)
+    for name, array in arrays.items():
+        require(array.dtype == np.int32, f"{name} must be int32, got {array.dtype}")
+    first = [arrays[f"first_child.{level}"] for level in range(L)]
+    labels, items, repeats = arrays["labels"], arrays["items"], arrays["repeats"]
+    for level in range(L):
+        require(len(first[level]), f"first_child.{level} is empty")
+    require(len(first[0]) == 2, f"first_child.0 must have 2 entries, got {len(first[0])}")
+    nodes = [len(part) - 1 for part in first]
+    leaves = len(labels) - sum(nodes[1:])
+    require(leaves >= 0, f"labels has {len(labels)} entries, but {sum(nodes[1:])} nodes have one")
+    nodes.append(leaves)
+    N = len(items)
+    require(
+        len(repeats) == N - leaves,
+        f"repeats must have {N - leaves} entries, of {N} items at {leaves} leaves, got "
+        f"{len(repeats)}",
+    )
+    at = 0
+    for level, begin in enumerate(first):
+        name, count = f"first_child.{level}", nodes[level + 1]
+        require(
+            begin[0] == 0 and begin[-1] == count,
+            f"{name} must run from 0 to the {count} nodes of level {level + 1}, got "
+            f"{begin[0]} to {begin[-1]}",
+        )
+        # Every node leads to an item; only the root of an empty catalogue has no children.
+        fine = (begin[1:] > begin[:-1]).all() or (N == 0 and level == 0)
+        require(fine, f"{name} must be strictly ascending")
+        part = labels[at : at + count]
+        at += count
+        if count:
+            low, high = int(part.min()), int(part.max())
+            require(
+                begins[level] <= low and high < ends[level],
+                f"labels of level {level} must lie in its columns [{begins[level]}, "
+                f"{ends[level]}), got {low} to {high}",
+            )
+        rising = part[1:] > part[:-1]
+        rising[begin[1:-1] - 1] = True  # from one node to the next they may fall
+        require(rising.all(), f"labels of level {level} must be ascending below each node")
+    if len(repeats):
+        require(
+            repeats[0] >= 0 and repeats[-1] < leaves and (repeats[1:] >= repeats[:-1]).all(),
+            f"repeats must be ascending leaves, in [0, {leaves})",
+        )
+    if N:
+        low, high = int(items.min()), int(items.max())
+        require(low >= 0 and high < N, f"items must lie in [0, {N}), got {low} to {high}")
+    seen = np.zeros(N, dtype=bool)
+    seen[items] = True
+    require(seen.all(), "items must name every item once")
+    places = repeats + np.arange(1, len(repeats) + 1)
+    require((items[places] > items[places - 1]).all(), "items must be ascending at each leaf")
 
 
 class Trie:
@@ -32,24 +139,24 @@ class Trie:
     def __init__(
         self,
         first_child: Sequence[Tensor],
-        labels: Sequence[Tensor],
+        columns: Tensor,
         items: Tensor,
-        first_item: Tensor,
+        repeats: Tensor,
         level_offsets: Sequence[int] | None,
         level_sizes: Sequence[int] | None,
         item_ids: list[Any] | None,
     ) -> None:
-        self._first_child = list(first_child)
-        self._labels = list(labels)
-        self._items = items
-        self._first_item = first_item
+        # All labels in one list, for supports: a child's place is its node plus the level's start.
+        self._first_child, self._columns = list(first_child), columns
+        starts = np.cumsum([0, *(len(part) - 1 for part in self._first_child[1:])])
+        self._column_start = [int(x) for x in starts]
+        ends = [*self._column_start[1:], len(columns)]
+        self._labels = [columns[a:b] for a, b in zip(self._column_start, ends)]
+        # Items by leaf, and the leaf of each that is not its leaf's first: see csrc/trie/build.h.
+        self._items, self._repeats = items, repeats
         self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
         self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
         self.item_ids = item_ids
-        # All labels in one list, for supports: a child's place is its node plus the level's start.
-        self._columns = torch.cat(self._labels)
-        starts = np.cumsum([0, *(len(part) for part in self._labels)])
-        self._column_start = [int(x) for x in starts[:-1]]
 
     @classmethod
     def from_items(
@@ -83,48 +190,126 @@ class Trie:
         N, L = array.shape
         if item_ids is not None and len(item_ids) != N:
             raise ValueError(f"item_ids must name {N} items, got {len(item_ids)}")
-        for name, values in (("level_offsets", level_offsets), ("level_sizes", level_sizes)):
-            if values is not None and len(values) != L:
-                raise ValueError(f"{name} must have {L} entries, one a level, got {len(values)}")
-        offsets = [0] * L if level_offsets is None else [int(x) for x in level_offsets]
-        if any(a > b for a, b in zip([0, *offsets], offsets)):
-            raise ValueError(f"level_offsets must be ascending and >= 0, got {offsets}")
-        for level in range(L):
-            size = None
-            if level_sizes is not None:
-                size = int(level_sizes[level])
-            elif level_offsets is not None and level + 1 < L:
-                size = offsets[level + 1] - offsets[level]
-            if size is not None and size < 0:
-                raise ValueError(f"level_sizes[{level}] must be at least 0, got {size}")
-            last = int(array[:, level].max(initial=0)) + offsets[level]
-            if last >= 2**31:
-                raise ValueError(
-                    f"codes and level_offsets reach column {last} at level {level}; columns must "
-                    "stay below 2^31"
-                )
-            if size is not None and N and int(array[:, level].max()) >= size:
-                item = int(array[:, level].argmax())
-                raise ValueError(
-                    f"codes[{item}, {level}] = {int(array[item, level])} does not fit the level's "
-                    f"{size} columns"
-                )
-        order, first_child, level_codes, first_item = _C.build_trie(
-            np.ascontiguousarray(array, dtype=np.int64)
+        offsets, ends = column_bounds(L, level_offsets, level_sizes)
+        if array.dtype == np.uint64:
+            array = np.minimum(array, np.uint64(2**63 - 1))
+        if array.dtype != np.int32:
+            array = array.astype(np.int64, copy=False)
+        # A thread is worth starting for about this many items.
+        threads = min(torch.get_num_threads(), 1 + N // 2**14)
+        first_child, columns, items, repeats = _C.build_trie(
+            np.ascontiguousarray(array),
+            offsets,
+            [end - offset for offset, end in zip(offsets, ends)],
+            threads,
         )
-        labels = [
-            torch.from_numpy(np.asarray(part)) + offset
-            for part, offset in zip(level_codes, offsets, strict=True)
-        ]
         return cls(
-            [torch.from_numpy(np.asarray(part)) for part in first_child],
-            labels,
-            torch.from_numpy(np.asarray(order)),
-            torch.from_numpy(np.asarray(first_item)),
+            [torch.from_numpy(part) for part in first_child],
+            torch.from_numpy(columns),
+            torch.from_numpy(items),
+            torch.from_numpy(repeats),
             level_offsets,
             level_sizes,
             None if item_ids is None else list(item_ids),
         )
+
+    @classmethod
+    def from_index_json(
+        cls,
+        path: str | os.PathLike[str],
+        level_offsets: Sequence[int] | None = None,
+        level_sizes: Sequence[int] | None = None,
+    ) -> Trie:
+        """Builds the trie of an index table, ``{"item": ["<a_12>", "<b_7>", ...], ...}``.
+
+        Args:
+            path: the file, ``X.index.json``.  Items are numbered in its order, and its keys are
+                ``trie.item_ids``.
+            level_offsets, level_sizes: as in :meth:`from_items`.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is no index table, or its codes do not fit; names the file.
+
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "Shop.index.json"
+        ...     _ = path.write_text('{"7": ["<a_0>", "<b_2>"], "4": ["<a_0>", "<b_1>"]}')
+        ...     trie = Trie.from_index_json(path)
+        >>> trie.labels(1).tolist(), trie.item_ids, trie.items_of(0).tolist()
+        ([1, 2], ['7', '4'], [1])
+        """
+        table = read_index(os.fspath(path))
+        try:
+            return cls.from_items(list(table.values()), list(table), level_offsets, level_sizes)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the trie to a safetensors file, for :meth:`load`.
+
+        The file replaces an older one at once: a reader finds the old or the new, never a part.
+
+        Args:
+            path: where to; the folder must exist.
+
+        Raises:
+            ValueError: ``item_ids`` are neither all strings nor all integers of 64 bits.
+            OSError: the file cannot be written.
+        """
+        arrays = {f"first_child.{level}": part for level, part in enumerate(self._first_child)}
+        arrays |= {"labels": self._columns, "items": self._items, "repeats": self._repeats}
+        tensors = {name: part.cpu().numpy() for name, part in arrays.items()}
+        tensors |= _packed_ids(self.item_ids)
+        metadata = {
+            "level_offsets": json.dumps(self.level_offsets),
+            "level_sizes": json.dumps(self.level_sizes),
+        }
+        write_tensors(path, FORMAT, VERSION, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trie:
+        """The trie of a file that :meth:`save` wrote, on the CPU.
+
+        The arrays are the file's own pages, mapped and not copied.  All of it is read once, to
+        compare the checksum and to check every array that decoding relies on.  Replace such a file
+        by :meth:`save` or by renaming; one that is overwritten in place changes under its readers.
+
+        Args:
+            path: the file.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is truncated, corrupted, of another format or version, or describes
+                no trie; names the file and the field.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Trie.from_items([[0, 1], [3, 1]], item_ids=["a", "b"]).save(f"{folder}/trie")
+        ...     trie = Trie.load(f"{folder}/trie")
+        >>> trie.num_items, trie.labels(0).tolist(), trie.item_ids
+        (2, [0, 3], ['a', 'b'])
+        """
+        metadata, tensors = read_tensors(path, FORMAT, VERSION)
+        try:
+            levels = sum(name.startswith("first_child.") for name in tensors)
+            if not levels:
+                raise ValueError("there is no first_child.0")
+            names = [*(f"first_child.{x}" for x in range(levels)), "labels", "items", "repeats"]
+            for name in names:
+                if name not in tensors:
+                    raise ValueError(f"there is no {name}")
+            arrays = {name: tensors.pop(name) for name in names}
+            offsets, sizes = (
+                _integers_or_none(name, metadata.get(name))
+                for name in ("level_offsets", "level_sizes")
+            )
+            check_arrays(arrays, *column_bounds(levels, offsets, sizes))
+            item_ids = _unpacked_ids(tensors, len(arrays["items"]))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        *first_child, columns, items, repeats = (torch.from_numpy(arrays[x]) for x in names)
+        return cls(first_child, columns, items, repeats, offsets, sizes, item_ids)
 
     @property
     def levels(self) -> int:
@@ -267,14 +452,24 @@ class Trie:
         """All items at a leaf, ascending, as indices into the codes the trie was built from."""
         if not 0 <= leaf < self.num_nodes(self.levels):
             raise IndexError(f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}")
-        return self._items[int(self._first_item[leaf]) : int(self._first_item[leaf + 1])]
+        at = self._repeats.new_tensor(leaf)
+        begin = leaf + int(torch.searchsorted(self._repeats, at))
+        end = leaf + 1 + int(torch.searchsorted(self._repeats, at, right=True))
+        return self._items[begin:end].long()
 
     def first_items(self, leaves: Tensor) -> Tensor:
         """The first item of each leaf, -1 for -1; same shape as ``leaves``."""
         if not self.num_items:
             return torch.full_like(leaves, -1)
-        first = self._items[self._first_item[leaves.clamp(min=0)]]
+        live = leaves.clamp(min=0)
+        first = self._items[self._items_begin(live)].to(leaves.dtype)
         return torch.where(leaves < 0, -1, first)
+
+    def _items_begin(self, leaves: Tensor) -> Tensor:
+        """Where the items of each leaf begin; for the number of leaves, where all end."""
+        if not len(self._repeats):
+            return leaves
+        return leaves + torch.searchsorted(self._repeats, leaves.int())
 
     def forbidden_nodes(self, items: Tensor) -> list[Tensor]:
         """Which nodes lead to forbidden items only.
@@ -293,7 +488,9 @@ class Trie:
         # Leaves in trie order hold runs of items, and nodes hold runs of leaves.
         counts = items[..., self._items].long().cumsum(-1)
         counts = torch.nn.functional.pad(counts, (1, 0))
-        bounds = self._first_item
+        bounds = self._items_begin(
+            torch.arange(self.num_nodes(self.levels) + 1, device=self.device)
+        )
         result = []
         for level in reversed(range(self.levels)):
             blocked = counts[..., bounds[1:]] - counts[..., bounds[:-1]]
@@ -305,17 +502,17 @@ class Trie:
         """The same trie on another device."""
         return Trie(
             [part.to(device) for part in self._first_child],
-            [part.to(device) for part in self._labels],
+            self._columns.to(device),
             self._items.to(device),
-            self._first_item.to(device),
+            self._repeats.to(device),
             self.level_offsets,
             self.level_sizes,
             self.item_ids,
         )
 
     def memory_bytes(self) -> int:
-        """Bytes of all arrays."""
-        parts = [*self._first_child, *self._labels, self._columns, self._items, self._first_item]
+        """Bytes of all arrays; the names of items are not counted."""
+        parts = [*self._first_child, self._columns, self._items, self._repeats]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def report(self) -> dict[str, Any]:
@@ -325,14 +522,71 @@ class Trie:
         >>> report["colliding_items"], report["largest_collision"]
         (2, 2)
         """
-        runs = self._first_item.diff()
+        _, more = self._repeats.unique_consecutive(return_counts=True)
         nodes = [self.num_nodes(level) for level in range(self.levels + 1)]
         return {
             "items": self.num_items,
             "levels": self.levels,
             "nodes": nodes,
             "branching": [nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)],
-            "colliding_items": int(runs[runs > 1].sum()),
-            "largest_collision": int(runs.max()) if len(runs) else 0,
+            "colliding_items": len(self._repeats) + len(more),
+            "largest_collision": 1 + int(more.max()) if len(more) else min(self.num_items, 1),
             "bytes": self.memory_bytes(),
         }
+
+
+def _packed_ids(item_ids: list[Any] | None) -> dict[str, np.ndarray]:
+    """Names as tensors: int64 ``item_ids``, or the UTF-8 of all and where each one ends."""
+    if item_ids is None:
+        return {}
+    try:
+        if item_ids and all(isinstance(x, (int, np.integer)) for x in item_ids):
+            if not any(isinstance(x, bool) for x in item_ids):
+                return {"item_ids": np.array([int(x) for x in item_ids], dtype=np.int64)}
+        elif all(isinstance(x, str) for x in item_ids):
+            texts = [x.encode() for x in item_ids]
+            ends = np.cumsum([len(x) for x in texts], dtype=np.int64)
+            text = np.frombuffer(b"".join(texts), dtype=np.uint8)
+            return {"item_ids.end": ends, "item_ids.text": text}
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"item_ids cannot be saved: {error}") from error
+    raise ValueError("item_ids can be saved only where all are strings or all are integers")
+
+
+def _unpacked_ids(tensors: Mapping[str, np.ndarray], N: int) -> list[Any] | None:
+    """The inverse of :func:`_packed_ids`; ``tensors`` holds nothing else."""
+    if not tensors:
+        return None
+    if set(tensors) == {"item_ids"}:
+        numbers = tensors["item_ids"]
+        if numbers.dtype != np.int64 or len(numbers) != N:
+            raise ValueError(f"item_ids must be int64 [{N}], got {numbers.dtype} [{len(numbers)}]")
+        return numbers.tolist()
+    if set(tensors) != {"item_ids.end", "item_ids.text"}:
+        raise ValueError(f"unknown tensors: {', '.join(sorted(tensors))}")
+    ends, text = tensors["item_ids.end"], tensors["item_ids.text"]
+    if ends.dtype != np.int64 or len(ends) != N:
+        raise ValueError(f"item_ids.end must be int64 [{N}], got {ends.dtype} [{len(ends)}]")
+    if text.dtype != np.uint8:
+        raise ValueError(f"item_ids.text must be uint8, got {text.dtype}")
+    begins = np.concatenate([np.zeros(1, dtype=np.int64), ends])
+    if begins[-1] != len(text) or (begins[1:] < begins[:-1]).any():
+        raise ValueError(f"item_ids.end must ascend from 0 to the {len(text)} bytes of the text")
+    held, places = text.tobytes(), begins.tolist()
+    try:
+        return [held[a:b].decode() for a, b in itertools.pairwise(places)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"item_ids.text is not UTF-8: {error}") from error
+
+
+def _integers_or_none(name: str, text: str | None) -> list[int] | None:
+    """A list from the metadata of a file."""
+    try:
+        values = json.loads(text or "")
+    except (ValueError, RecursionError):
+        values = text
+    if values is not None and not (
+        isinstance(values, list) and all(type(value) is int for value in values)
+    ):
+        raise ValueError(f"__metadata__.{name} must be null or a list of integers, got {text!r}")
+    return values

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from genrec_ext import Trie, reference
+from genrec_ext import _C, Trie, reference
 
 
 def random_codes(rng, N, L, K):
@@ -51,6 +51,83 @@ def test_trie_equals_nested_dictionaries(seed, N, L, K):
     report = trie.report()
     assert report["items"] == N
     assert report["colliding_items"] == sum(len(items) for items in level if len(items) > 1)
+
+
+def built_plainly(codes, L):
+    """The arrays of csrc/trie/build.h by sorting tuples."""
+    paths = [tuple(row) for row in codes]
+    items = sorted(range(len(paths)), key=lambda item: paths[item])
+    nodes = [sorted({path[:depth] for path in paths}) for depth in range(L + 1)]
+    nodes[0] = [()]
+    first_child = [
+        [sum(child[:-1] < node for child in nodes[depth + 1]) for node in nodes[depth]]
+        + [len(nodes[depth + 1])]
+        for depth in range(L)
+    ]
+    labels = [path[-1] for depth in range(L) for path in nodes[depth + 1]]
+    repeats = [
+        nodes[L].index(paths[item])
+        for before, item in itertools.pairwise(items)
+        if paths[before] == paths[item]
+    ]
+    return first_child, labels, items, repeats
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 40),
+    st.lists(st.sampled_from((1, 2, 5, 256, 300, 2**16, 2**31 - 1)), min_size=1, max_size=8),
+    st.integers(1, 6),
+    st.sampled_from((np.int32, np.int64)),
+)
+def test_build_equals_sorted_paths_for_any_threads(seed, N, sizes, threads, dtype):
+    # Codes near both ends of each level, so that paths share prefixes and keys are wide.
+    rng, L = random.Random(seed), len(sizes)
+    codes = [[rng.choice((0, rng.randrange(K), K - 1)) for K in sizes] for _ in range(N)]
+    array = np.array(codes, dtype=dtype).reshape(N, L)
+    got = _C.build_trie(array, [0] * L, [2**31] * L, threads)
+    want = built_plainly(codes, L)
+    assert [part.tolist() for part in got[0]] == want[0]
+    assert [part.tolist() for part in got[1:]] == list(want[1:])
+
+
+@pytest.mark.parametrize("K, L", ((4, 9), (60, 3), (256, 4), (5000, 4)))
+def test_build_of_many_items_is_the_same_for_any_threads(K, L):
+    # (4, 9) and (60, 3) have runs of equal paths that cross from one thread's share to the next.
+    codes = np.random.default_rng(0).integers(0, K, (300_000, L))
+    results = [_C.build_trie(codes, [0] * L, [K] * L, threads) for threads in (1, 2, 7)]
+    order = np.lexsort(codes.T[::-1])
+    starts = (codes[order][1:] != codes[order][:-1]).any(1)
+    for first_child, labels, items, repeats in results:
+        assert (items == order).all()
+        assert (repeats == np.cumsum(starts)[~starts]).all()
+        assert (labels == results[0][1]).all()
+        assert all((a == b).all() for a, b in zip(first_child, results[0][0]))
+    assert (K**L > 2**31) == (len(repeats) < 100)
+
+
+def test_the_first_code_outside_is_named_whichever_thread_meets_it():
+    codes = np.zeros((50, 3), dtype=np.int64)
+    codes[41, 2] = codes[43, 0] = -1
+    for threads in (1, 2, 50, 60):
+        with pytest.raises(ValueError, match=r"codes\[41, 2\] must lie in"):
+            _C.build_trie(codes, [0] * 3, [9] * 3, threads)
+
+
+def test_codes_of_every_integer_type_build_the_same():
+    codes = np.random.default_rng(0).integers(0, 100, (500, 3))
+    want = Trie.from_items(codes)
+    for dtype in (np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.uint64):
+        got = Trie.from_items(np.asfortranarray(codes.astype(dtype)))
+        assert got.labels(2).equal(want.labels(2)) and got.items_of(0).equal(want.items_of(0))
+    with pytest.raises(ValueError, match=r"codes\[0, 0\] must lie in"):
+        Trie.from_items(np.array([[2**63 + 1]], dtype=np.uint64))
+
+
+def test_an_item_takes_at_most_16_bytes_where_paths_share_prefixes():
+    trie = Trie.from_items(np.random.default_rng(0).integers(0, 256, (300_000, 3)))
+    assert trie.memory_bytes() <= 16 * trie.num_items
+    assert Trie.from_items(np.zeros((1000, 4), dtype=np.int64)).memory_bytes() <= 8.1 * 1000
 
 
 def test_codes_of_any_size_sort_right():

@@ -144,7 +144,7 @@ def _load_json(source: Path, index: str | None, seed: int, min_interactions: int
     item_path = source.with_name(f"{name}.item.json")
 
     used = _items_of(users)
-    table = {} if table_path is None else _read_index(table_path)
+    table = {} if table_path is None else read_index(table_path)
     items = _read_items(item_path) if item_path.exists() else {}
     order = _ordered({*used, *table, *items}, seed)
 
@@ -242,7 +242,13 @@ def _choose_index(source: Path, name: str, index: str | None) -> Path | None:
     return path
 
 
-def _read_index(path: Path) -> dict[str, list[int]]:
+def read_index(path: str | Path) -> dict[str, list[int]]:
+    """An index table (`X.index.json`): the semantic ID of each item, in the file's order.
+
+    Raises:
+        DataError: the file is no such table; names the item and the level.
+    """
+    path = Path(path)
     table: dict[str, list[int]] = {}
     first_item, levels = "", 0
     for item, tokens in _json_object(path, "item id -> semantic ID").items():
