@@ -511,8 +511,7 @@ class _FusedLoss(torch.autograd.Function):
         grad, *support = ctx.saved_tensors
         if _is_one(grad_loss):
             return grad, None, None, None, None
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        if again or not _is_plain(grad_loss):
+        if _keeps_graph() or not _is_plain(grad_loss):
             return _times(grad_loss, grad), None, None, None, None
         torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
         return grad, None, None, None, None
@@ -589,11 +588,16 @@ def _is_sparse(logits: Tensor, arguments: dict[str, Any]) -> bool:
     return supported and logits.device.type == "cpu" and logits.nbytes >= 1 << 20
 
 
+# What torch tells of itself under no public name; without them nothing is done in place.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether it holds numbers: not traced, not transformed, no fake."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not _is_transforming()
 
 
 def _is_one(grad_output: Tensor) -> bool:
