@@ -316,13 +316,10 @@ static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out
   }
   if (!out.blank) zero(out.g, first);
   T* g = out.g + first;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (kept.e != nullptr)
-      grad_kept(kept, row.n, z, inv_temperature, slope.logp, g);
-    else
-      grad_block(row.x, g, row.n, z, inv_temperature, slope);
-  } else {
+  if (kept.e == nullptr) {
     grad_block(row.x, g, row.n, z, inv_temperature, slope);
+  } else if constexpr (sizeof(S) == sizeof(float)) {
+    grad_kept(kept, row.n, z, inv_temperature, slope.logp, g);
   }
   const int64_t last = first + row.n;
   if (!out.blank) zero(out.g + last, out.V - last);

@@ -26,7 +26,7 @@ struct RowColumns {
   int64_t first, n;
 };
 
-__device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high) {
+__host__ __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
@@ -219,19 +219,6 @@ struct RowSource {
   bool gathered;
 };
 
-// Where the list holds its first column that is not before v.
-__device__ __forceinline__ int64_t lower_bound(const RowColumns& c, int64_t v) {
-  int64_t low = 0, high = c.n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (c.list[middle] < v)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 // Writes columns s of a row's gradient; token is -1 where it moves nothing.  A
 // thread reads a column before it writes it, so g may be the logits' memory.
 template <class T>
@@ -277,14 +264,14 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
           if (own) store(g + token, at_token);
           return;
         }
-        int64_t next = c.list == nullptr ? 0 : lower_bound(c, v);
+        int64_t next = c.list == nullptr ? 0 : first_not_before(c.list, c.n, v);
         if (c.list != nullptr || (v + kSize > c.first && v < last))
 #pragma unroll
           for (int j = 0; j < kSize; ++j) store(&out.v[j], value(v + j, next));
         write_pack(g + v, out);
       },
       [&](int64_t v) {
-        int64_t next = c.list == nullptr ? 0 : lower_bound(c, v);
+        int64_t next = c.list == nullptr ? 0 : first_not_before(c.list, c.n, v);
         store(g + v, value(v, next));
       });
 }
@@ -539,11 +526,6 @@ Launch on(int64_t blocks, int threads, void* stream) {
 
 int64_t blocks_for(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
-template <class I>
-I bounded_host(I x, int64_t low, int64_t high) {
-  return static_cast<I>(x < low ? low : x > high ? high : x);
-}
-
 template <class F>
 int by_dtype(DType type, const F& f) {
   switch (type) {
@@ -566,13 +548,13 @@ int parts_of_rows(const Scores& in) {
   constexpr int64_t kShortest = 8192, kBlocksAProcessor = 8;
   const int64_t rows = in.N * in.T;
   const int64_t wanted = blocks_for(kBlocksAProcessor * device_limits().multiprocessors, rows);
-  return static_cast<int>(bounded_host(wanted, 1, bounded_host(in.V / kShortest, 1, kMaxParts)));
+  return static_cast<int>(bounded(wanted, 1, bounded(in.V / kShortest, 1, kMaxParts)));
 }
 
 // Into how many parts a row's gradient is cut: some columns a thread.
 int parts_of_grad(int64_t columns) {
   constexpr int64_t kColumns = kThreads * 16;
-  return static_cast<int>(bounded_host(blocks_for(columns, kColumns), 1, 1 << 16));
+  return static_cast<int>(bounded(blocks_for(columns, kColumns), 1, 1 << 16));
 }
 
 int token_logps(const TokenLogpsArgs& a, void* stream) {
@@ -636,7 +618,7 @@ FusedPlan plan_fused(const Scores& in) {
     const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
     if (rows > kFusedThreads / kWarp) continue;
     plan.rows = static_cast<int>(rows);
-    plan.warps = bounded_host(kThreads / kWarp / plan.rows, 1, kThreads / kWarp);
+    plan.warps = static_cast<int>(bounded(kThreads / kWarp / plan.rows, 1, kThreads / kWarp));
     // 16 more bytes, since a kept row starts where its logits do.
     plan.row_bytes = round_up(in.V * static_cast<int64_t>(sizeof(T)), 16) + 16;
     const int64_t shared =

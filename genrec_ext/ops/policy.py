@@ -582,7 +582,7 @@ def _is_sparse(logits: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a gradient of its own costs less memory than zeros written over the logits cost time.
 
     On the CPU the gradient under a support has pages only where a supported column lies
-    (csrc/common/pages.h).
+    (csrc/common/blank.h, which has the same limit).
     """
     supported = arguments["ranges"] is not None or arguments["columns"] is not None
     return supported and logits.device.type == "cpu" and logits.nbytes >= 1 << 20
