@@ -26,6 +26,10 @@
   "float entropy_penalty, bool bounded, str boost_mode, "          \
   "float kl_weight, str kl, float? clip_low, float? clip_high, float early_clip"
 
+#define GENREC_FILTER                                                      \
+  "Tensor? forbidden=None, Tensor? closed=None, Tensor? closed_row=None, " \
+  "Tensor? taken=None, Tensor? taken_begin=None"
+
 STABLE_TORCH_LIBRARY(genrec, m) {
   // ---- policy ----
   m.def("token_logps(Tensor logits, Tensor tokens, *, Tensor? mask=None, " GENREC_SUPPORT
@@ -96,11 +100,24 @@ STABLE_TORCH_LIBRARY(genrec, m) {
 
   // ---- trie ----
   // logits [U * W, V], scores and nodes [U, W]; the level's first_child [n + 1] and
-  // labels [n'] int32, with forbidden [n'] or [U, n'] bool over the children;
-  // columns [level_begin, level_end) are the level's own.  Each output is [U, width].
+  // labels [n'] int32; columns [level_begin, level_end) are the level's own.  Each
+  // output is [U, width].  A node is not entered where any of these says so:
+  //   forbidden [n'] or [U, n'] bool
+  //   closed [M, ceil(n' / 32)] int32, a bit a node; closed_row [U] int64, each user's
+  //     row or -1 (without it, row 0 for all)
+  //   taken [S] int32, each user's nodes ascending; taken_begin [U + 1] int64
   m.def(
       "trie_beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor first_child, "
       "Tensor labels, int width, *, int level_begin, int level_end, str softmax=\"vocab\", "
-      "float temperature=1.0, Tensor? forbidden=None) "
+      "float temperature=1.0, " GENREC_FILTER
+      ") "
       "-> (Tensor scores, Tensor parent, Tensor token, Tensor node)");
+  // perturbed [U, W], or without it the scores and noise of their own; normalised over the children
+  // that may be entered.
+  m.def(
+      "trie_sample_step(Tensor logits, Tensor scores, Tensor? perturbed, Tensor nodes, "
+      "Tensor first_child, Tensor labels, int width, *, int level, int seed, "
+      "float temperature=1.0, " GENREC_FILTER
+      ") "
+      "-> (Tensor scores, Tensor perturbed, Tensor parent, Tensor token, Tensor node)");
 }

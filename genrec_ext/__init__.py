@@ -5,7 +5,7 @@ The public names.  Importing this package registers ``torch.ops.genrec.*``.
 
 from . import _load  # noqa: F401  (first: says in a sentence what is wrong with torch or a library)
 from ._version import __version__
-from .decode import BeamResult, beam_search
+from .decode import BeamResult, SampleResult, beam_search, sample_items
 from .ops import (
     SageConfig,
     SageStats,
@@ -15,6 +15,7 @@ from .ops import (
     sage_loss_from_logps,
     token_logps,
     trie_beam_step,
+    trie_sample_step,
 )
 from .trie import Trie
 
@@ -22,6 +23,7 @@ __all__ = [
     "BeamResult",
     "SageConfig",
     "SageStats",
+    "SampleResult",
     "Trie",
     "__version__",
     "beam_search",
@@ -29,6 +31,8 @@ __all__ = [
     "level_logits",
     "sage_loss",
     "sage_loss_from_logps",
+    "sample_items",
     "token_logps",
     "trie_beam_step",
+    "trie_sample_step",
 ]

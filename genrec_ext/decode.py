@@ -1,4 +1,4 @@
-"""Decoders: beam search over any model, under a catalogue's trie."""
+"""Decoders: beam search and sampling over any model, under a catalogue's trie."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.trie import trie_beam_step
+from .ops.policy import token_logps
+from .ops.trie import trie_beam_step, trie_sample_step
 from .trie import Trie
 
 StepFn = Callable[[int, "Tensor | None", "Tensor | None"], Tensor]
@@ -27,6 +28,69 @@ class BeamResult:
     """``[U, width]`` float32: log-probabilities of the sequences, -inf where none."""
     leaves: Tensor
     """``[U, width]`` int64: the leaf, for ``trie.items_of``; -1 where none."""
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was drawn, in the order of the draws; rows that ran out of items end in -1 and -inf."""
+
+    items: Tensor
+    """``[U, width]`` int64: index of the item, of a collision its first, -1 where none."""
+    codes: Tensor
+    """``[U, width, L]`` int64: codes within their levels, -1 where none."""
+    scores: Tensor
+    """``[U, width]`` float32: the sum of ``token_logps``, -inf where none."""
+    token_logps: Tensor
+    """``[U, width, L]`` float32: log-probability of each token under the policy that ``softmax``
+    names, ready to be ``old_logps``; 0 where none."""
+    log_probs: Tensor
+    """``[U, width]`` float32: log-probabilities under the constrained policy, which was drawn
+    from, -inf where none."""
+    perturbed: Tensor
+    """``[U, width]`` float32: ``log_probs`` with Gumbel noise, descending, -inf where none."""
+    leaves: Tensor
+    """``[U, width]`` int64: the leaf, for ``trie.items_of``; -1 where none."""
+
+
+class _Paths:
+    """Where each user's beams are, and how they came there."""
+
+    def __init__(self, trie: Trie, width: int, users: int) -> None:
+        for name, value in (("width", width), ("users", users)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        device = trie.device
+        self.trie, self.users = trie, users
+        self.nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
+        self.codes = torch.empty(users, 1, 0, dtype=torch.int64, device=device)
+        self.parent: Tensor | None = None
+        self.token: Tensor | None = None
+
+    def logits(self, step_fn: StepFn, level: int) -> Tensor:
+        """What the model says of this level."""
+        logits = step_fn(level, self.parent, self.token)
+        if logits.dim() != 2 or logits.shape[0] != self.nodes.numel():
+            raise ValueError(
+                f"step_fn must return logits [U * W, V] with U * W = {self.nodes.numel()} at level "
+                f"{level}, got {list(logits.shape)}"
+            )
+        return logits
+
+    def follow(self, level: int, parent: Tensor, token: Tensor, nodes: Tensor) -> None:
+        """Takes what a step chose."""
+        dead = nodes < 0
+        offset = 0 if self.trie.level_offsets is None else self.trie.level_offsets[level]
+        # Where a user has fewer beams, the rows left over get a parent and a column that exist.
+        self.parent, self.nodes = parent.clamp(min=0), nodes
+        self.token = token.masked_fill(dead, offset)
+        codes = torch.cat(
+            [
+                self.codes.gather(1, self.parent.unsqueeze(-1).expand(-1, -1, level)),
+                (token - offset).unsqueeze(-1),
+            ],
+            -1,
+        )
+        self.codes = codes.masked_fill(dead.unsqueeze(-1), -1)
 
 
 @torch.no_grad()
@@ -71,27 +135,15 @@ def beam_search(
     >>> found.items.tolist()
     [[1, 2]]
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    if users < 1:
-        raise ValueError(f"users must be at least 1, got {users}")
-    device = trie.device
-    scores = torch.zeros(users, 1, device=device)
-    nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
-    codes = torch.empty(users, 1, 0, dtype=torch.int64, device=device)
+    paths = _Paths(trie, width, users)
+    scores = torch.zeros(users, 1, device=trie.device)
     blocked = None if forbidden is None else trie.forbidden_nodes(forbidden)
-    parent = token = None
     for level in range(trie.levels):
-        logits = step_fn(level, parent, token)
-        if logits.dim() != 2 or logits.shape[0] != nodes.numel():
-            raise ValueError(
-                f"step_fn must return logits [U * W, V] with U * W = {nodes.numel()} at level "
-                f"{level}, got {list(logits.shape)}"
-            )
+        logits = paths.logits(step_fn, level)
         scores, parent, token, nodes = trie_beam_step(
             logits,
             scores,
-            nodes,
+            paths.nodes,
             trie,
             level,
             width,
@@ -99,11 +151,111 @@ def beam_search(
             temperature=temperature,
             forbidden=None if blocked is None else blocked[level],
         )
+        paths.follow(level, parent, token, nodes)
+    return BeamResult(trie.first_items(paths.nodes), paths.codes, scores, paths.nodes)
+
+
+@torch.no_grad()
+def sample_items(
+    step_fn: StepFn,
+    trie: Trie,
+    width: int,
+    *,
+    users: int,
+    seed: int,
+    softmax: str = "children",
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+) -> SampleResult:
+    """Draws items without replacement from a model's constrained policy; one model call a level.
+
+    The policy gives an item the product of its tokens' probabilities, each normalised over the
+    children that the trie and ``forbidden`` allow.  The first draw is one from that policy, the
+    second from what is left, and so on: Gumbel top-k, carried down the tree, so that no item is
+    drawn twice and none but the drawn ones is scored.
+
+    Args:
+        step_fn: as for :func:`beam_search`.
+        trie: the catalogue, on the device of the logits.
+        width: draws for each user.
+        users: U.
+        seed: integer of 64 bits.  The same seed, logits and order of users give the same draws, on
+            every device.
+        softmax: what ``token_logps`` and ``scores`` are normalised over: the allowed
+            ``"children"``, as the draws are, the ``"level"``'s columns or the whole ``"vocab"``,
+            for a policy that is trained without the trie as its support.
+        temperature: positive; logits are divided by it.
+        forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items that may not be drawn.
+
+    Returns:
+        :class:`SampleResult`.
+
+    Raises:
+        ValueError: an argument is out of range, or the logits do not fit.
+
+    Source: Kool, van Hoof and Welling 2019 (arXiv 1903.06059), sections 4.1 and 4.2.
+
+    >>> trie = Trie.from_items([[0, 1], [1, 0], [1, 1]])
+    >>> drawn = sample_items(
+    ...     lambda level, parent, token: torch.zeros(1 if parent is None else 3, 2),
+    ...     trie, 3, users=1, seed=0)
+    >>> sorted(drawn.items[0].tolist()), drawn.log_probs.exp().sum().item()
+    ([0, 1, 2], 1.0)
+    """
+    if softmax not in ("children", "level", "vocab"):
+        raise ValueError(f'softmax must be "children", "level" or "vocab", got {softmax!r}')
+    paths = _Paths(trie, width, users)
+    scores = torch.zeros(users, 1, device=trie.device)
+    perturbed: Tensor | None = None
+    token_scores = torch.empty(users, 1, 0, device=trie.device)
+    blocked = None if forbidden is None else trie.forbidden_nodes(forbidden)
+    for level in range(trie.levels):
+        logits = paths.logits(step_fn, level)
+        before = scores
+        scores, perturbed, parent, token, nodes = trie_sample_step(
+            logits,
+            scores,
+            perturbed,
+            paths.nodes,
+            trie,
+            level,
+            width,
+            seed=seed,
+            temperature=temperature,
+            forbidden=None if blocked is None else blocked[level],
+        )
         dead = nodes < 0
-        offset = 0 if trie.level_offsets is None else trie.level_offsets[level]
         parent = parent.clamp(min=0)
-        codes = codes.gather(1, parent.unsqueeze(-1).expand(-1, -1, level))
-        codes = torch.cat([codes, (token - offset).unsqueeze(-1)], -1)
-        codes = codes.masked_fill(dead.unsqueeze(-1), -1)
-        token = token.masked_fill(dead, offset)
-    return BeamResult(trie.first_items(nodes), codes, scores, nodes)
+        if softmax == "children":
+            own = scores - before.gather(1, parent)
+        else:
+            rows = logits.view(users, -1, logits.shape[1])
+            rows = rows.gather(1, parent.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            columns = trie.level_columns(level, logits.shape[1])
+            own, _ = token_logps(
+                rows.flatten(0, 1).unsqueeze(1),
+                token.masked_fill(dead, columns[0]).view(-1, 1),
+                ranges=None if softmax == "vocab" else torch.tensor([columns]),
+                temperature=temperature,
+            )
+            own = own.view(users, width)
+        token_scores = torch.cat(
+            [
+                token_scores.gather(1, parent.unsqueeze(-1).expand(-1, -1, level)),
+                own.masked_fill(dead, 0).unsqueeze(-1),
+            ],
+            -1,
+        )
+        paths.follow(level, parent, token, nodes)
+    dead = paths.nodes < 0
+    token_scores = token_scores.masked_fill(dead.unsqueeze(-1), 0)
+    assert perturbed is not None  # a trie has at least one level
+    return SampleResult(
+        trie.first_items(paths.nodes),
+        paths.codes,
+        token_scores.sum(-1).masked_fill(dead, -torch.inf),
+        token_scores,
+        scores,
+        perturbed,
+        paths.nodes,
+    )

@@ -187,7 +187,8 @@ def test_an_unknown_order_is_refused(run):
 
 # ---- this project's kernels ----
 
-CHECKS = ("check_policy",)
+# Each with what divides its trials: a trial of the trie is launches of 512 threads a block.
+CHECKS = {"check_policy": 1, "check_trie": 2}
 # (build, order, compute capability, trials, seed).  A trial is some ten launches of each dtype;
 # ThreadSanitizer finds a race in any order, and takes ten times as long as the plain build.
 RUNS = (
@@ -204,6 +205,7 @@ RUNS = (
 @pytest.mark.parametrize("build, order, capability, trials, seed", RUNS)
 @pytest.mark.parametrize("program", CHECKS)
 def test_kernels_equal_their_definition(run, program, build, order, capability, trials, seed):
+    trials //= CHECKS[program]
     code, output = run(program, build, order, trials, seed, capability=capability)
     assert code == 0, output[-4000:]
     assert f"{trials} trials, 0 failures" in output
@@ -245,7 +247,8 @@ def suite(tmp_path, library, files, env):
 
 def test_operators_over_simulated_kernels(simulator, tmp_path):
     """The policy suite through the CUDA library's host code: checks, strides, autograd."""
-    files = ("test_policy.py", "test_cuda_device.py")
+    steps = "test_sampling.py::test_step_equals_definition"
+    files = ("test_policy.py", "test_trie.py", steps, "test_cuda_device.py")
     library = simulator / "libgenrec_cpu.so"
     assert suite(tmp_path, library, files, {"GENREC_SIMULATED": "1"}) > 220
 

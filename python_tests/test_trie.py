@@ -278,13 +278,6 @@ def test_step_errors_name_the_argument(ours):
             {"scores": torch.zeros(2)},
             {},
         ),
-        (
-            IndexError,
-            r"nodes\[0, 0\] must lie in \[-1, 1\)",
-            torch.zeros(1, 5),
-            {"nodes": torch.ones(1, 1).long()},
-            {},
-        ),
         (ValueError, "softmax must be one of", torch.zeros(1, 5), {}, {"softmax": "all"}),
         (
             ValueError,
@@ -307,15 +300,30 @@ def test_step_errors_name_the_argument(ours):
             ours.trie_beam_step(logits, given["scores"], given["nodes"], trie, 0, 2, **settings)
     with pytest.raises(ValueError, match="width must be at least 1"):
         ours.trie_beam_step(torch.zeros(1, 5), *good.values(), trie, 0, 0)
-    with pytest.raises(IndexError, match="labels up to 4, but logits have only V = 3"):
-        ours.trie_beam_step(torch.zeros(1, 3), *good.values(), trie, 1, 2)
 
 
-def test_opcheck_beam_step():
+@pytest.mark.checks_indices
+def test_step_names_an_index_outside(ours):
+    trie = Trie.from_items([[0, 4]])
+    scores, nodes = torch.zeros(2, 2), torch.tensor([[0, -1], [1, 0]])
+    for bad in (1, 2**40, -2):
+        nodes[1, 0] = bad
+        with pytest.raises(IndexError, match=rf"nodes\[1, 0\] must lie in \[-1, 1\).* got {bad}"):
+            ours.trie_beam_step(torch.zeros(4, 5), scores, nodes, trie, 0, 2)
+    with pytest.raises(IndexError, match="labels from 4 up to 4, but logits have only V = 3"):
+        ours.trie_beam_step(torch.zeros(4, 3), scores, nodes * 0, trie, 1, 2)
+
+
+def test_opcheck_steps():
     trie, level, nodes, logits, scores = step_case(4)
     arguments = (logits, scores, nodes, trie.first_child(level), trie.labels(level), 3)
     begin, end = trie.level_columns(level, logits.shape[1])
     forbidden = torch.rand(3, trie.num_nodes(level + 1)) < 0.3
+    opcheck(
+        torch.ops.genrec.trie_sample_step.default,
+        (logits, scores, scores, *arguments[2:]),
+        {"level": level, "seed": 5, "forbidden": forbidden},
+    )
     for softmax in ("vocab", "children"):
         opcheck(
             torch.ops.genrec.trie_beam_step.default,

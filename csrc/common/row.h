@@ -58,8 +58,8 @@ GENREC_INLINE float block_top(const E* x, int64_t n) {
 
 // Adds n logits to the sum.  With kKeep, leaves each one's e^d in kept[0 .. n),
 // d against the top as it is after this block, pairs of vectors in load_pair's
-// order; kept may be x itself.
-template <bool kKeep, class E>
+// order; kept may be x itself.  Without kWeighted, the entropy's sum is left out.
+template <bool kKeep, bool kWeighted, class E>
 static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperature, float* kept) {
   const float top = block_top(x, n);
   if (top > run.top) {
@@ -95,8 +95,7 @@ static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperat
     const vfloat e0 = exp2_held(t0, h0), e1 = exp2_held(t1, h1);
     sum0 += e0;
     sum1 += e1;
-    weighted0 += e0 * h0;
-    weighted1 += e1 * h1;
+    if constexpr (kWeighted) weighted0 += e0 * h0, weighted1 += e1 * h1;
     if constexpr (kKeep) store(kept + i, e0), store(kept + i + kLanes, e1);
   }
   for (; i < n; i += kLanes) {
@@ -104,11 +103,11 @@ static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperat
     const vfloat v = rest == kLanes ? load_floats(x + i) : load_some(x + i, rest, -INFINITY);
     const vfloat t = (v - vtop) * rate, h = hold(t), e = exp2_held(t, h);
     sum0 += e;
-    weighted0 += e * h;
+    if constexpr (kWeighted) weighted0 += e * h;
     if constexpr (kKeep) rest == kLanes ? store(kept + i, e) : store_some(kept + i, e, rest);
   }
   run.sum += sum_lanes(sum0 + sum1);
-  run.weighted += sum_lanes(weighted0 + weighted1) * kLn2;
+  if constexpr (kWeighted) run.weighted += sum_lanes(weighted0 + weighted1) * kLn2;
 }
 
 GENREC_INLINE Normalizer<float> finish(const RunningSum& run) {
@@ -141,12 +140,80 @@ static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temper
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {
-      add_block<false>(run, row.x + at, n, inv_temperature, nullptr);
+      add_block<false, true>(run, row.x + at, n, inv_temperature, nullptr);
     } else {
       gather(row, at, n, scratch);
-      add_block<false>(run, scratch, n, inv_temperature, nullptr);
+      add_block<false, true>(run, scratch, n, inv_temperature, nullptr);
     }
   }
+  return finish(run);
+}
+
+// Whether a product and a sum are rounded once, so that x rate - shift keeps its digits.
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr bool kFused = true;
+#else
+inline constexpr bool kFused = false;
+#endif
+
+// The sum of 2^((x - guess) rate) over n elements, where the product of guess and
+// rate is taken as `shift`.
+template <class T>
+GENREC_INLINE double sum_of_powers(const T* x, int64_t n, float rate, float guess, float shift) {
+  // Far enough ahead to hide the memory, and the row after this one is most often next.
+  constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(T));
+  const auto power = [&](vfloat v) __attribute__((always_inline)) {
+    return exp2_any(kFused ? v * rate - shift : (v - guess) * rate);
+  };
+  double sum = 0;
+  for (int64_t at = 0; at < n; at += 4 * kBlock) {
+    const int64_t last = n - at < 4 * kBlock ? n : at + 4 * kBlock;
+    vfloat sum0{}, sum1{}, sum2{}, sum3{};
+    int64_t i = at;
+    for (; i + 4 * kLanes <= last; i += 4 * kLanes) {
+      for (int64_t line = 0; line < 4 * kLanes; line += 64 / static_cast<int64_t>(sizeof(T)))
+        prefetch(x + i + kAhead + line);
+      vfloat a, b, c, d;
+      load_pair(x + i, a, b);
+      load_pair(x + i + 2 * kLanes, c, d);
+      sum0 += power(a);
+      sum1 += power(b);
+      sum2 += power(c);
+      sum3 += power(d);
+    }
+    for (; i < last; i += kLanes) {
+      const int rest = last - i < kLanes ? static_cast<int>(last - i) : kLanes;
+      const vfloat v = rest == kLanes ? load_floats(x + i) : load_some(x + i, rest, -INFINITY);
+      sum0 += power(v);
+    }
+    sum += sum_lanes((sum0 + sum1) + (sum2 + sum3));
+  }
+  return sum;
+}
+
+// The normaliser without the entropy, for n columns side by side; of none, log_sum
+// is NaN.  The exponentials are taken against the largest of the first few logits,
+// which is close enough for nearly every row; the others go the long way.
+template <class T>
+static Normalizer<float> normalize_plain(const T* x, int64_t n, float inv_temperature) {
+  const float guess = block_top(x, n < 4 * kLanes ? n : 4 * kLanes);
+  const float rate = inv_temperature * kLog2e;
+  const double product = static_cast<double>(guess) * rate;
+  const float shift = static_cast<float>(product);
+  if (shift > -4096 && shift < 4096) {  // beyond, x rate has lost too many digits
+    const double sum = sum_of_powers(x, n, rate, guess, shift);
+    if (sum < 0x1p100) {
+      // Of the sum's own rate and shift; `top` takes what a float can hold of it.
+      const double log_sum = std::log(sum) + (kFused ? shift : product) * kLn2;
+      const double top = log_sum / (rate * kLn2);
+      const float held = static_cast<float>(top);
+      return {held, static_cast<float>((top - held) * inv_temperature), 0};
+    }
+  }
+  RunningSum run;
+  for (int64_t at = 0; at < n; at += kBlock)
+    add_block<false, false>(run, x + at, n - at < kBlock ? n - at : kBlock, inv_temperature,
+                            nullptr);
   return finish(run);
 }
 
@@ -164,10 +231,10 @@ static Normalizer<float> normalize(const RowView<T>& row, float inv_temperature,
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {
-      add_block<true>(run, row.x + at, n, inv_temperature, kept.e + at);
+      add_block<true, true>(run, row.x + at, n, inv_temperature, kept.e + at);
     } else {
       gather(row, at, n, kept.e + at);
-      add_block<true>(run, kept.e + at, n, inv_temperature, kept.e + at);
+      add_block<true, true>(run, kept.e + at, n, inv_temperature, kept.e + at);
     }
     kept.tops[at / kBlock] = run.top;
   }

@@ -49,14 +49,37 @@ inline void require_tensor(const Tensor& t, const char* name, ScalarType dtype,
           torch::headeronly::toString(t.scalar_type()));
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
-  std::ostringstream want;
   for (int64_t n : shape) {
-    want << (d ? ", " : "") << n;
     same = same && t.size(d) == n;
     ++d;
   }
-  require(same, name, " must have shape [", want.str(), "], got ", shape_text(t));
+  if (!same) {  // text streams cost more than small kernels: none before it is wrong
+    std::ostringstream want;
+    d = 0;
+    for (int64_t n : shape) want << (d++ ? ", " : "") << n;
+    require(false, name, " must have shape [", want.str(), "], got ", shape_text(t));
+  }
   require(t.device() == like.device(), name, " must be on the device of the first argument");
+}
+
+// A new contiguous tensor beside `like`.  torch::stable::new_empty looks its operator
+// up by name, which takes several times as long.
+inline Tensor new_tensor(const Tensor& like, ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  int64_t strides[4] = {};
+  int64_t stride = 1, d = static_cast<int64_t>(shape.size());
+  for (auto n = shape.end(); n != shape.begin();) {
+    strides[--d] = stride;
+    stride *= *--n;
+  }
+  int32_t device_type = 0, type = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, type,
+                               device_type, like.get_device_index(), &made) != 0)
+    throw std::runtime_error("a tensor could not be allocated");
+  return Tensor(made);
 }
 
 // The data of an optional contiguous tensor, or null.

@@ -52,6 +52,17 @@ GENREC_INLINE vfloat vmax(vfloat a, vfloat b) {
 #endif
 }
 
+// The smaller lane; b where either is NaN.
+GENREC_INLINE vfloat vmin(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // Halves are folded until one lane is left: the order is fixed, so equal input
 // gives equal bits.
 #if defined(__AVX512F__)
@@ -121,6 +132,26 @@ GENREC_INLINE vfloat exp2_held(vfloat t, vfloat held) {
 #endif
 }
 GENREC_INLINE vfloat exp2_nonpositive(vfloat t) { return exp2_held(t, hold(t)); }
+
+// 2^t for any t below 128, to about 2 ulp and with the fewest instructions: what
+// sums are made of.  0 for -inf and far below, NaN for NaN, +inf from 128 on.
+GENREC_INLINE vfloat exp2_any(vfloat t) {
+#if defined(__AVX512F__)
+  // t less its floor, and scalef takes the floor of t itself.  The polynomial of
+  // least relative error on [0, 1], 7.5e-8.
+  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF);
+  vfloat p = splat(1.877576675e-03f);
+  p = p * f + 8.989340090e-03f;
+  p = p * f + 5.582631805e-02f;
+  p = p * f + 2.401536170e-01f;
+  p = p * f + 6.931530732e-01f;
+  p = p * f + 9.999999251e-01f;
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)t);
+#else
+  const vfloat held = vmin(splat(128), hold(t));
+  return exp2_held(t, held);
+#endif
+}
 
 // ---- elements of any type as floats ----
 
@@ -274,6 +305,117 @@ GENREC_INLINE void store_some(T* p, vfloat v, int n) {
   float part[kLanes];
   store(part, v);
   for (int i = 0; i < n; ++i) from_float(p + i, part[i]);
+}
+
+// ---- lanes chosen by a mask, bit i for lane i ----
+
+inline constexpr uint32_t kAllLanes = (uint32_t{1} << kLanes) - 1;
+
+GENREC_INLINE uint32_t lanes_greater(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  const __m256 greater = _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ);
+  return static_cast<uint32_t>(_mm256_movemask_ps(greater));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return mask;
+#endif
+}
+
+// Of a comparison's result.
+GENREC_INLINE uint32_t lanes_of(vint truth) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)truth));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(truth[i] != 0) << i;
+  return mask;
+#endif
+}
+
+// Which of kLanes integers at p lie in [0, n).
+GENREC_INLINE uint32_t lanes_below(const int32_t* p, uint32_t n) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epu32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(n)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i)
+    mask |= static_cast<uint32_t>(static_cast<uint32_t>(p[i]) < n) << i;
+  return mask;
+#endif
+}
+
+// x[at[i]] in the lanes of the mask, 0 in the others; x has n >= 1 elements.
+template <class T>
+GENREC_INLINE vfloat gather_floats(const T* x, [[maybe_unused]] int64_t n, const int32_t* at,
+                                   uint32_t mask) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = static_cast<__mmask16>(mask);
+  const __m512i place = _mm512_maskz_loadu_epi32(lanes, at);
+  if constexpr (sizeof(T) == 4) {
+    return (vfloat)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, place, x, 4);
+  } else if (n >= 2) {
+    // Two halves at once, the second of them at most the last of the row.
+    const __m512i first = _mm512_min_epi32(place, _mm512_set1_epi32(static_cast<int>(n - 2)));
+    const __m512i both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, first, x, 2);
+    const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(place, first), 4);
+    const __m512i half = _mm512_srlv_epi32(both, shift);
+    if constexpr (__is_same(T, bf16_t)) return (vfloat)_mm512_slli_epi32(half, 16);
+    return (vfloat)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+  }
+#endif
+  float part[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1) != 0) part[i] = to_float(x[at[i]]);
+  return load(part);
+}
+
+// Leaves the lanes of the mask side by side at p, which has room for kLanes.
+GENREC_INLINE void compress(float* p, vfloat v, uint32_t mask) {
+#if defined(__AVX512F__)
+  store(p, (vfloat)_mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1) != 0) *p++ = v[i];
+#endif
+}
+GENREC_INLINE void compress(int32_t* p, vint v, uint32_t mask) {
+#if defined(__AVX512F__)
+  v = (vint)_mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), (__m512i)v);
+  std::memcpy(p, &v, sizeof v);
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if ((mask >> i & 1) != 0) *p++ = v[i];
+#endif
+}
+
+// base, base + 1, ...
+GENREC_INLINE vint counting(int32_t base) {
+  static constexpr int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vint v;
+  std::memcpy(&v, kCount, sizeof v);
+  return v + base;
+}
+
+// The order of floats as that of integers; NaN has no place in it.
+GENREC_INLINE int32_t order_key(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+GENREC_INLINE vint order_key(vfloat x) {
+  const vint bits = (vint)x;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+GENREC_INLINE float of_order_key(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 }  // namespace genrec::GENREC_ISA

@@ -2,6 +2,7 @@
 // every objective that the CPU and the CUDA kernels share.
 #pragma once
 
+#include "common/search.h"
 #include "policy/kernels.h"
 
 namespace genrec::policy {
@@ -12,26 +13,6 @@ GENREC_HD S at_or(const void* p, int64_t i, S fallback) {
 }
 
 GENREC_HD bool counts(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
-
-// Where an ascending list of n columns holds its first that is not before this
-// one; n where all are.
-GENREC_HD int64_t first_not_before(const int32_t* columns, int64_t n, int64_t column) {
-  int64_t low = 0, high = n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (columns[middle] < column)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-// Whether an ascending list of n columns holds this one.
-GENREC_HD bool lists(const int32_t* columns, int64_t n, int64_t column) {
-  const int64_t at = first_not_before(columns, n, column);
-  return at < n && columns[at] == column;
-}
 
 // A sequence's loss, already scaled, and what users watch of it.
 template <class S>

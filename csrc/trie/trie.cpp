@@ -4,13 +4,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <mutex>
 #include <string>
 
-#include "common/isa.h"
 #include "common/torch_stable.h"
+#if defined(GENREC_CUDA_LIBRARY)
+#include "common/cuda_runtime.h"
+#else
+#include "common/isa.h"
+#endif
 
 namespace genrec {
 
+#if !defined(GENREC_CUDA_LIBRARY)
 namespace baseline {
 extern const trie::CpuKernels trie_kernels;
 }
@@ -22,9 +29,34 @@ namespace avx512 {
 extern const trie::CpuKernels trie_kernels;
 }
 #endif
+#endif
 
 namespace trie {
+
+#if defined(GENREC_CUDA_LIBRARY)
+extern const CudaKernels trie_cuda_kernels;  // trie_cuda.cu
+#endif
+
 namespace {
+
+// This file is compiled into both libraries.  What differs is below: where the
+// kernels are, and that the host can look at indices only where they are in its
+// memory.
+#if defined(GENREC_CUDA_LIBRARY)
+
+void run(StepArgs& a, const Tensor& where) {
+  if (a.U == 0) return;
+#if !defined(GENREC_SIMULATOR)  // whose device is the CPU
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+#endif
+  // As floats, in the scores' memory.
+  const int64_t floats = (trie_cuda_kernels.workspace(a) + 3) / 4;
+  Tensor workspace = new_tensor(where, ScalarType::Float, {floats});
+  a.workspace = workspace.mutable_data_ptr();
+  check_launch(trie_cuda_kernels.step(a, current_stream(where.get_device_index())));
+}
+
+#else
 
 const CpuKernels& kernels() {
 #if defined(GENREC_X86)
@@ -37,123 +69,219 @@ const CpuKernels& kernels() {
   return baseline::trie_kernels;
 }
 
-// The children of a live beam must be nodes of the next level, and their labels
-// columns of the logits.
-void check_nodes(const BeamStepArgs& a, int64_t level_nodes) {
-  for (int64_t row = 0; row < a.U * a.W; ++row) {
-    const int64_t node = a.nodes[row];
-    require<std::out_of_range>(-1 <= node && node < level_nodes, "nodes[", row / a.W, ", ",
-                               row % a.W, "] must lie in [-1, ", level_nodes,
-                               "), the nodes of this level, got ", node);
-    if (node < 0) continue;
-    const int64_t begin = a.first_child[node], end = a.first_child[node + 1];
-    require<std::out_of_range>(
-        0 <= begin && begin <= end && end <= a.next_nodes, "first_child of node ", node,
-        " must satisfy 0 <= begin <= end <= ", a.next_nodes, ", got ", begin, " and ", end);
-    bool inside = true;
-    for (int64_t child = begin; child < end; ++child)
-      inside &= static_cast<uint32_t>(a.labels[child]) < static_cast<uint64_t>(a.V);
-    require<std::out_of_range>(
-        inside, "the children of node ", node, " have labels up to ",
-        begin < end ? *std::max_element(a.labels + begin, a.labels + end) : 0,
-        ", but logits have only V = ", a.V, " columns");
-  }
+// What the kernel found at this row.
+[[noreturn]] void complain_of(const StepArgs& a, int64_t row) {
+  const int64_t node = a.nodes[row];
+  require<std::out_of_range>(0 <= node && node < a.level_nodes, "nodes[", row / a.W, ", ",
+                             row % a.W, "] must lie in [-1, ", a.level_nodes,
+                             "), the nodes of this level, got ", node);
+  const int64_t begin = a.first_child[node], end = a.first_child[node + 1];
+  require<std::out_of_range>(
+      0 <= begin && begin <= end && end <= a.next_nodes, "first_child of node ", node,
+      " must satisfy 0 <= begin <= end <= ", a.next_nodes, ", got ", begin, " and ", end);
+  const auto [least, most] = std::minmax_element(a.labels + begin, a.labels + end);
+  std::ostringstream text;
+  text << "the children of node " << node << " have labels from " << *least << " up to " << *most
+       << ", but logits have only V = " << a.V << " columns";
+  throw std::out_of_range(text.str());
 }
+
+void run(StepArgs& a, const Tensor&) {
+  // A thread is worth waking for about this many logits.
+  constexpr int64_t kGrain = 65536;
+  const int64_t row_work = a.softmax == Softmax::vocab   ? a.V
+                           : a.softmax == Softmax::level ? a.level_end - a.level_begin
+                                                         : 256;
+  const int64_t user_work = std::max<int64_t>(1, a.W * row_work);
+  // Few users are cut, so that every thread has its part.
+  const int64_t threads = torch::stable::get_num_threads();
+  if (a.U < 4 * threads && a.U % threads != 0)
+    a.chunks = std::clamp<int64_t>(user_work / kGrain, 1, std::min(threads, a.W));
+  std::unique_ptr<Contender[]> workspace;
+  if (a.chunks > 1) {
+    workspace.reset(new Contender[static_cast<size_t>(a.U * a.chunks * a.width)]);
+    a.workspace = workspace.get();
+  }
+  std::mutex mutex;
+  int64_t bad = -1;
+  torch::stable::parallel_for(0, a.U * a.chunks,
+                              std::max<int64_t>(1, kGrain * a.chunks / user_work),
+                              [&](int64_t first, int64_t last) {
+                                const int64_t row = kernels().step(a, first, last);
+                                if (row < 0) return;
+                                const std::lock_guard<std::mutex> lock(mutex);
+                                bad = bad < 0 ? row : std::min(bad, row);
+                              });
+  if (bad >= 0) complain_of(a, bad);
+  if (a.chunks > 1) kernels().merge(a, 0, a.U);
+}
+
+#endif
+
+// What every step is given; a contiguous copy where a tensor is not.
+struct Inputs {
+  const Tensor &logits, &scores, &nodes, &first_child, &labels;
+  const std::optional<Tensor>&forbidden, &closed, &closed_row, &taken, &taken_begin;
+};
+
+class Step {
+ public:
+  StepArgs a;
+
+  Step(const Inputs& in, int64_t width, double temperature) : where_(in.scores) {
+    switch (in.logits.scalar_type()) {
+      case ScalarType::Float: a.dtype = DType::f32; break;
+      case ScalarType::BFloat16: a.dtype = DType::bf16; break;
+      case ScalarType::Half: a.dtype = DType::f16; break;
+      default:
+        require(false, "logits must be float32, bfloat16 or float16, got ",
+                torch::headeronly::toString(in.logits.scalar_type()));
+    }
+    require(in.nodes.dim() == 2, "nodes must have shape [U, W], got ", shape_text(in.nodes));
+    a.U = in.nodes.size(0), a.W = in.nodes.size(1);
+    require(in.logits.dim() == 2 && in.logits.size(0) == a.U * a.W,
+            "logits must have shape [U * W, V] with U * W = ", a.U * a.W, ", got ",
+            shape_text(in.logits));
+    a.V = in.logits.size(1);
+    require(a.V < (int64_t{1} << 31), "logits must have fewer than 2^31 columns, got ", a.V);
+    require(a.W < (int64_t{1} << 31), "nodes must have fewer than 2^31 beams a user, got ", a.W);
+    require(1 <= width && width < (int64_t{1} << 31),
+            "width must be at least 1 and below 2^31, got ", width);
+    a.width = width;
+    a.inv_temperature = static_cast<float>(1 / temperature);
+    require(std::isfinite(temperature) && temperature > 0 && a.inv_temperature > 0 &&
+                std::isfinite(a.inv_temperature),
+            "temperature must be a positive number whose inverse is one in float32, got ",
+            temperature);
+    a.nodes = held<int64_t>(in.nodes, "nodes", ScalarType::Long, {a.U, a.W}, in.logits);
+    a.scores = held<float>(in.scores, "scores", ScalarType::Float, {a.U, a.W}, in.logits);
+    a.first_child = held<int32_t>(in.first_child, "first_child", ScalarType::Int,
+                                  {in.first_child.numel()}, in.logits);
+    a.level_nodes = in.first_child.numel() - 1;
+    require(a.level_nodes >= 0, "first_child must have at least one entry");
+    a.labels = held<int32_t>(in.labels, "labels", ScalarType::Int, {in.labels.numel()}, in.logits);
+    a.next_nodes = in.labels.numel();
+    a.logits = in.logits.const_data_ptr();
+    a.stride = in.logits.stride(0);
+    if (a.V > 1 && in.logits.stride(1) != 1) {
+      kept_[count_] = torch::stable::contiguous(in.logits);
+      a.logits = kept_[count_++].const_data_ptr();
+      a.stride = a.V;
+    }
+    Filter& f = a.filter;
+    if (in.forbidden) {
+      const bool shared = in.forbidden->dim() == 1;
+      f.forbidden = shared ? held<bool>(*in.forbidden, "forbidden", ScalarType::Bool,
+                                        {a.next_nodes}, in.logits)
+                           : held<bool>(*in.forbidden, "forbidden", ScalarType::Bool,
+                                        {a.U, a.next_nodes}, in.logits);
+      f.forbidden_stride = shared ? 0 : a.next_nodes;
+    }
+    if (in.closed) {
+      f.closed_words = (a.next_nodes + 31) / 32;
+      f.closed_rows = in.closed->dim() == 2 ? in.closed->size(0) : 0;
+      f.closed = held<int32_t>(*in.closed, "closed", ScalarType::Int,
+                               {f.closed_rows, f.closed_words}, in.logits);
+    }
+    require(!in.closed_row || in.closed, "closed_row is of use only beside closed");
+    if (in.closed_row)
+      f.closed_row =
+          held<int64_t>(*in.closed_row, "closed_row", ScalarType::Long, {a.U}, in.logits);
+    require(in.taken.has_value() == in.taken_begin.has_value(),
+            "taken and taken_begin must be given together");
+    if (in.taken) {
+      f.num_taken = in.taken->numel();
+      f.taken = held<int32_t>(*in.taken, "taken", ScalarType::Int, {f.num_taken}, in.logits);
+      f.taken_begin =
+          held<int64_t>(*in.taken_begin, "taken_begin", ScalarType::Long, {a.U + 1}, in.logits);
+    }
+  }
+
+  template <class T>
+  const T* held(const Tensor& t, const char* name, ScalarType dtype,
+                std::initializer_list<int64_t> shape, const Tensor& like) {
+    require_tensor(t, name, dtype, shape, like);
+    if (t.is_contiguous()) return t.const_data_ptr<T>();
+    kept_[count_] = torch::stable::contiguous(t);
+    return kept_[count_++].template const_data_ptr<T>();
+  }
+
+  Tensor new_scores() const { return new_tensor(where_, ScalarType::Float, {a.U, a.width}); }
+  Tensor new_indices() const { return new_tensor(where_, ScalarType::Long, {a.U, a.width}); }
+
+ private:
+  const Tensor& where_;
+  Tensor kept_[10];
+  int count_ = 0;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
     const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& first_child,
     const Tensor& labels, int64_t width, int64_t level_begin, int64_t level_end,
-    std::string softmax, double temperature, std::optional<Tensor> forbidden) {
-  BeamStepArgs a;
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: a.dtype = DType::f32; break;
-    case ScalarType::BFloat16: a.dtype = DType::bf16; break;
-    case ScalarType::Half: a.dtype = DType::f16; break;
-    default:
-      require(false, "logits must be float32, bfloat16 or float16, got ",
-              torch::headeronly::toString(logits.scalar_type()));
-  }
-  require(nodes.dim() == 2, "nodes must have shape [U, W], got ", shape_text(nodes));
-  a.U = nodes.size(0), a.W = nodes.size(1);
-  require(logits.dim() == 2 && logits.size(0) == a.U * a.W,
-          "logits must have shape [U * W, V] with U * W = ", a.U * a.W, ", got ",
-          shape_text(logits));
-  a.V = logits.size(1);
-  require(1 <= width && width < (int64_t{1} << 31), "width must be at least 1 and below 2^31, got ",
-          width);
-  const float inverse = static_cast<float>(1 / temperature);
-  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 && std::isfinite(inverse),
-          "temperature must be a positive number whose inverse is one in float32, got ",
-          temperature);
-  require_tensor(nodes, "nodes", ScalarType::Long, {a.U, a.W}, logits);
-  require_tensor(scores, "scores", ScalarType::Float, {a.U, a.W}, logits);
-  require_tensor(first_child, "first_child", ScalarType::Int, {first_child.numel()}, logits);
-  require(first_child.numel() >= 1, "first_child must have at least one entry");
-  require_tensor(labels, "labels", ScalarType::Int, {labels.numel()}, logits);
-  a.next_nodes = labels.numel();
+    std::string softmax, double temperature, std::optional<Tensor> forbidden,
+    std::optional<Tensor> closed, std::optional<Tensor> closed_row, std::optional<Tensor> taken,
+    std::optional<Tensor> taken_begin) {
+  Step step({logits, scores, nodes, first_child, labels, forbidden, closed, closed_row, taken,
+             taken_begin},
+            width, temperature);
+  StepArgs& a = step.a;
   require(0 <= level_begin && level_begin <= level_end && level_end <= a.V,
           "the level's columns must satisfy 0 <= level_begin <= level_end <= V = ", a.V, ", got [",
           level_begin, ", ", level_end, ")");
+  a.level_begin = level_begin, a.level_end = level_end;
   require(softmax == "vocab" || softmax == "level" || softmax == "children",
           "softmax must be one of \"vocab\", \"level\", \"children\", got \"", softmax, "\"");
-  if (forbidden) {
-    if (forbidden->dim() == 1)
-      require_tensor(*forbidden, "forbidden", ScalarType::Bool, {a.next_nodes}, logits);
-    else
-      require_tensor(*forbidden, "forbidden", ScalarType::Bool, {a.U, a.next_nodes}, logits);
-  }
-  const bool unit = a.V == 1 || logits.stride(1) == 1;
-  const Tensor rows = unit ? logits : torch::stable::contiguous(logits);
-  const Tensor held_scores = torch::stable::contiguous(scores);
-  const Tensor held_nodes = torch::stable::contiguous(nodes);
-  const Tensor held_first = torch::stable::contiguous(first_child);
-  const Tensor held_labels = torch::stable::contiguous(labels);
-  std::optional<Tensor> held_forbidden;
-  if (forbidden) held_forbidden = torch::stable::contiguous(*forbidden);
-  Tensor norms = torch::stable::new_empty(scores, {a.U * a.W, 2});
-  Tensor out_scores = torch::stable::new_empty(scores, {a.U, width});
-  Tensor parent = torch::stable::new_empty(nodes, {a.U, width});
-  Tensor token = torch::stable::new_empty(nodes, {a.U, width});
-  Tensor node = torch::stable::new_empty(nodes, {a.U, width});
-  a.logits = rows.const_data_ptr();
-  a.stride = rows.stride(0);
-  a.scores = held_scores.const_data_ptr<float>();
-  a.nodes = held_nodes.const_data_ptr<int64_t>();
-  a.first_child = held_first.const_data_ptr<int32_t>();
-  a.labels = held_labels.const_data_ptr<int32_t>();
-  a.level_begin = level_begin, a.level_end = level_end;
   a.softmax = softmax == "vocab"   ? Softmax::vocab
               : softmax == "level" ? Softmax::level
                                    : Softmax::children;
-  a.inv_temperature = inverse;
-  a.forbidden = data_or_null<bool>(held_forbidden);
-  a.forbidden_stride = forbidden && forbidden->dim() == 2 ? a.next_nodes : 0;
-  a.width = width;
-  a.norms = norms.mutable_data_ptr<float>();
+  Tensor out_scores = step.new_scores();
+  Tensor parent = step.new_indices(), token = step.new_indices(), node = step.new_indices();
   a.out_scores = out_scores.mutable_data_ptr<float>();
   a.out_parent = parent.mutable_data_ptr<int64_t>();
   a.out_token = token.mutable_data_ptr<int64_t>();
   a.out_node = node.mutable_data_ptr<int64_t>();
-  check_nodes(a, first_child.numel() - 1);
-
-  // A thread is worth waking for about this many logits or candidates.
-  constexpr int64_t kGrain = 16384;
-  const int64_t row_work = a.softmax == Softmax::vocab ? a.V : a.level_end - a.level_begin;
-  const auto grain = [](int64_t work) {
-    return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  };
-  torch::stable::parallel_for(0, a.U * a.W, grain(row_work), [&](int64_t first, int64_t last) {
-    kernels().normalize_beams(a, first, last);
-  });
-  torch::stable::parallel_for(0, a.U, grain(a.W * 64), [&](int64_t first, int64_t last) {
-    kernels().select_beams(a, first, last);
-  });
+  run(a, scores);
   return {out_scores, parent, token, node};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> trie_sample_step(
+    const Tensor& logits, const Tensor& scores, std::optional<Tensor> perturbed,
+    const Tensor& nodes, const Tensor& first_child, const Tensor& labels, int64_t width,
+    int64_t level, int64_t seed, double temperature, std::optional<Tensor> forbidden,
+    std::optional<Tensor> closed, std::optional<Tensor> closed_row, std::optional<Tensor> taken,
+    std::optional<Tensor> taken_begin) {
+  Step step({logits, scores, nodes, first_child, labels, forbidden, closed, closed_row, taken,
+             taken_begin},
+            width, temperature);
+  StepArgs& a = step.a;
+  require(0 <= level && level < (int64_t{1} << 32), "level must lie in [0, 2^32), got ", level);
+  a.sampling = true;
+  a.softmax = Softmax::children;
+  if (perturbed)
+    a.perturbed = step.held<float>(*perturbed, "perturbed", ScalarType::Float, {a.U, a.W}, logits);
+  a.seed = static_cast<uint64_t>(seed);
+  a.level = static_cast<uint32_t>(level);
+  Tensor out_scores = step.new_scores(), out_perturbed = step.new_scores();
+  Tensor parent = step.new_indices(), token = step.new_indices(), node = step.new_indices();
+  a.out_scores = out_scores.mutable_data_ptr<float>();
+  a.out_perturbed = out_perturbed.mutable_data_ptr<float>();
+  a.out_parent = parent.mutable_data_ptr<int64_t>();
+  a.out_token = token.mutable_data_ptr<int64_t>();
+  a.out_node = node.mutable_data_ptr<int64_t>();
+  run(a, scores);
+  return {out_scores, out_perturbed, parent, token, node};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) { m.impl("trie_beam_step", TORCH_BOX(&trie_beam_step)); }
+#if defined(GENREC_CUDA_LIBRARY) && !defined(GENREC_SIMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(genrec, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(genrec, CPU, m) {
+#endif
+  m.impl("trie_beam_step", TORCH_BOX(&trie_beam_step));
+  m.impl("trie_sample_step", TORCH_BOX(&trie_sample_step));
+}
 
 }  // namespace trie
 }  // namespace genrec

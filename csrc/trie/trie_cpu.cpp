@@ -1,10 +1,18 @@
 // CPU kernels of constrained decoding.  Compiled once an instruction set;
-// torch-free.  A step is two loops: each live beam's row is normalised, then
-// each user's candidates (the children of its beams) compete.
+// torch-free.
+//
+// A user's beams are taken in turn: a beam's row is normalised, and while it is
+// in cache its children compete.  Those that beat the worst of the best so far
+// enter a pool; when the pool is full, it is cut back to the best.  Candidates
+// come, and stay, in order of (parent, token), so among equal scores the earlier
+// ones are kept, and no sum depends on how the work is cut: equal input gives
+// equal bits for any number of threads.
 #include <cstdlib>
 #include <cstring>
 
 #include "common/row.h"
+#include "trie/filter.h"
+#include "trie/gumbel.h"
 #include "trie/kernels.h"
 
 namespace genrec::GENREC_ISA {
@@ -12,171 +20,428 @@ namespace {
 
 using namespace genrec::trie;
 
+GENREC_INLINE int count_lanes(uint32_t mask) { return __builtin_popcount(mask); }
+
+template <class T>
+T* allocate(int64_t n) {
+  return static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(n)));
+}
+
+// ---- the best so far ----
+
+class Pool {
+ public:
+  explicit Pool(int64_t width)
+      : width_(width),
+        capacity_(2 * width + 256),
+        // Vectors are added whole, and a pad of them ends the keys.
+        room_(capacity_ + 2 * kLanes),
+        memory_(allocate<float>(4 * room_)),
+        key_(memory_),
+        score_(memory_ + room_),
+        parent_(reinterpret_cast<int32_t*>(memory_ + 2 * room_)),
+        node_(reinterpret_cast<int32_t*>(memory_ + 3 * room_)) {}
+  Pool(const Pool&) = delete;
+  ~Pool() { std::free(memory_); }
+
+  void clear() { n_ = 0, worst_ = -INFINITY; }
+  int64_t size() const { return n_; }
+  // Only a key above this can still enter.
+  float worst() const { return worst_; }
+
+  // Adds the lanes of the mask; their keys are above `worst` and not NaN.
+  template <bool kScores>
+  void add(vfloat key, vfloat score, int32_t parent, vint node, uint32_t mask) {
+    compress(key_ + n_, key, mask);
+    if constexpr (kScores) compress(score_ + n_, score, mask);
+    compress(node_ + n_, node, mask);
+    const vint parents = vint{} + parent;
+    std::memcpy(parent_ + n_, &parents, sizeof parents);
+    n_ += count_lanes(mask);
+    if (n_ >= capacity_) cut<kScores>();
+  }
+
+  void add(const Contender& k) {
+    if (!(k.key > worst_)) return;
+    key_[n_] = k.key, score_[n_] = k.score, parent_[n_] = k.parent, node_[n_] = k.node;
+    if (++n_ >= capacity_) cut<true>();
+  }
+
+  Contender operator[](int64_t i) const { return {key_[i], score_[i], parent_[i], node_[i]}; }
+
+  // Cuts the pool back to the best; of equal keys the first stay.
+  template <bool kScores>
+  void cut() {
+    if (n_ <= width_) return;
+    for (int i = 0; i < kLanes; ++i) key_[n_ + i] = -INFINITY;
+    // The largest bound that at least `width` keys reach.
+    vfloat most = splat(-INFINITY), least = splat(INFINITY);
+    for (int64_t i = 0; i < n_; i += kLanes) most = vmax(load(key_ + i), most);
+    for (int64_t i = 0; i + kLanes <= n_; i += kLanes) {
+      const vfloat v = load(key_ + i);
+      least = v < least ? v : least;
+    }
+    for (int64_t i = n_ / kLanes * kLanes; i < n_; ++i)
+      least = splat(key_[i]) < least ? splat(key_[i]) : least;
+    int64_t low = order_key(-max_lanes(-least)), high = int64_t{order_key(max_lanes(most))} + 1;
+    int64_t reach = n_;
+    while (high - low > 1 && reach != width_) {
+      const int64_t middle = low + (high - low) / 2;
+      const int64_t count = reaching(static_cast<int32_t>(middle));
+      if (count >= width_)
+        low = middle, reach = count;
+      else
+        high = middle;
+    }
+    const int32_t bound = static_cast<int32_t>(low);
+    // Of those at the bound itself only so many stay.
+    int64_t at_bound = reach == width_ ? width_ : width_ - reaching(bound + 1), n = 0;
+    for (int64_t i = 0; i < n_; i += kLanes) {
+      const vfloat key = load(key_ + i);
+      const vint order = order_key(key);
+      uint32_t keep = lanes_of(order >= bound);
+      if (i + kLanes > n_) keep &= kAllLanes >> (kLanes - static_cast<int>(n_ - i));
+      if (reach != width_)
+        for (uint32_t equal = keep & lanes_of(order == bound); equal != 0; equal &= equal - 1)
+          if (at_bound-- <= 0) keep &= ~(equal & -equal);
+      if (keep == 0) continue;
+      move<kScores>(i, n, keep);
+      n += count_lanes(keep);
+    }
+    n_ = n;
+    worst_ = of_order_key(bound);
+  }
+
+ private:
+  int64_t reaching(int32_t bound) const {
+    vint count{};
+    for (int64_t i = 0; i < n_; i += kLanes) count -= order_key(load(key_ + i)) >= bound;
+    int64_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += count[lane];
+    return total;
+  }
+
+  template <bool kScores>
+  void move(int64_t from, int64_t to, uint32_t mask) {
+    vint parent, node;
+    std::memcpy(&parent, parent_ + from, sizeof parent);
+    std::memcpy(&node, node_ + from, sizeof node);
+    const vfloat score = load(score_ + from);
+    compress(key_ + to, load(key_ + from), mask);
+    if constexpr (kScores) compress(score_ + to, score, mask);
+    compress(parent_ + to, parent, mask);
+    compress(node_ + to, node, mask);
+  }
+
+  int64_t width_, capacity_, room_, n_ = 0;
+  float worst_ = -INFINITY;
+  float* memory_;
+  float *key_, *score_;
+  int32_t *parent_, *node_;
+};
+
+// ---- a beam's children ----
+
 // A beam without a node or without a score continues nowhere.
-bool alive(const BeamStepArgs& a, int64_t row) {
+bool alive(const StepArgs& a, int64_t row) {
   return a.nodes[row] >= 0 && a.scores[row] > -INFINITY;
 }
 
-bool allowed(const BeamStepArgs& a, int64_t user, int64_t node) {
-  return a.forbidden == nullptr || !a.forbidden[user * a.forbidden_stride + node];
+struct Children {
+  const int32_t* labels;
+  int64_t begin, end;
+  bool dense;  // their columns follow one another
+  UserFilter filter;
+  bool filtered;
+};
+
+// Whether the node is one of this level, and its children of the next.
+bool is_node(const StepArgs& a, int64_t node) {
+  if (node < 0 || node >= a.level_nodes) return false;
+  const int64_t begin = a.first_child[node], end = a.first_child[node + 1];
+  return 0 <= begin && begin <= end && end <= a.next_nodes;
+}
+
+// Nodes lie anywhere in the trie: what beams to come will look at is asked for
+// early, first where the children are, then their labels.
+void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
+  constexpr int64_t kNear = 4, kFar = 8;
+  if (row + kFar < last_row && a.nodes[row + kFar] >= 0)
+    prefetch(a.first_child + a.nodes[row + kFar]);
+  if (row + kNear < last_row && is_node(a, a.nodes[row + kNear]))
+    prefetch(a.labels + a.first_child[a.nodes[row + kNear]]);
+}
+
+Children children_of(const StepArgs& a, const UserFilter& filter, int64_t node) {
+  Children c{a.labels, a.first_child[node], a.first_child[node + 1], false, filter, false};
+  const int64_t n = c.end - c.begin;
+  c.dense = n > 0 && c.labels[c.begin] >= 0 && c.labels[c.end - 1] < a.V &&
+            c.labels[c.end - 1] - int64_t{c.labels[c.begin]} == n - 1;
+  // Most beams meet nothing that is taken.
+  const int64_t at = first_not_before(filter.taken, filter.num_taken, c.begin);
+  if (at == filter.num_taken || filter.taken[at] >= c.end) c.filter.num_taken = 0;
+  c.filtered =
+      c.filter.forbidden != nullptr || c.filter.closed != nullptr || c.filter.num_taken > 0;
+  return c;
+}
+
+// The logits of up to kLanes children from `child` on, and which of them count.
+// Labels outside the row are left out, and said in `outside`.
+template <class T>
+GENREC_INLINE vfloat look_at(const StepArgs& a, const Children& c, const T* x, int64_t child,
+                             uint32_t& mask, bool& outside) {
+  const int rest = c.end - child < kLanes ? static_cast<int>(c.end - child) : kLanes;
+  mask = kAllLanes >> (kLanes - rest);
+  vfloat v;
+  if (c.dense) {
+    const T* from = x + c.labels[child];
+    v = rest == kLanes ? load_floats(from) : load_some(from, rest, 0);
+  } else {
+    int32_t tail[kLanes];
+    const int32_t* at = c.labels + child;
+    if (rest < kLanes) {
+      for (int i = 0; i < kLanes; ++i) tail[i] = i < rest ? at[i] : 0;
+      at = tail;
+    }
+    const uint32_t inside = lanes_below(at, static_cast<uint32_t>(a.V));
+    outside |= (mask & ~inside) != 0;
+    mask &= inside;
+    v = gather_floats(x, a.V, at, mask);
+  }
+  return v;
+}
+
+// The lanes of the mask that may be entered.
+GENREC_INLINE uint32_t open_lanes(const Children& c, int64_t child, uint32_t mask) {
+  if (!c.filtered) return mask;
+  for (uint32_t left = mask; left != 0; left &= left - 1)
+    if (!may_enter(c.filter, child + __builtin_ctz(left))) mask &= ~(left & -left);
+  return mask;
 }
 
 // The normaliser over a node's allowed children, for softmax = "children".
 template <class T>
-Normalizer<float> normalize_children(const BeamStepArgs& a, const T* x, int64_t user, int64_t begin,
-                                     int64_t end) {
-  float block[kBlock];
+Normalizer<float> normalize_children(const StepArgs& a, const Children& c, const T* x,
+                                     bool& outside) {
+  float block[kBlock + kLanes];
   RunningSum run;
   int64_t n = 0;
-  for (int64_t child = begin; child < end; ++child) {
-    if (!allowed(a, user, child)) continue;
-    block[n++] = to_float(x[a.labels[child]]);
-    if (n == kBlock) add_block<false>(run, block, n, a.inv_temperature, nullptr), n = 0;
+  for (int64_t child = c.begin; child < c.end; child += kLanes) {
+    uint32_t mask;
+    const vfloat v = look_at(a, c, x, child, mask, outside);
+    mask = open_lanes(c, child, mask);
+    compress(block + n, v, mask);
+    n += count_lanes(mask);
+    if (n >= kBlock) {
+      add_block<false, false>(run, block, kBlock, a.inv_temperature, nullptr);
+      n -= kBlock;
+      for (int64_t i = 0; i < n; ++i) block[i] = block[kBlock + i];
+    }
   }
-  if (n > 0) add_block<false>(run, block, n, a.inv_temperature, nullptr);
+  if (n > 0) add_block<false, false>(run, block, n, a.inv_temperature, nullptr);
   return finish(run);
 }
 
 template <class T>
-void normalize_beams(const BeamStepArgs& a, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
-    if (!alive(a, row)) continue;
-    const T* x = static_cast<const T*>(a.logits) + row * a.stride;
-    Normalizer<float> z;
-    switch (a.softmax) {
-      case Softmax::vocab: z = normalize(RowView<T>{x, nullptr, a.V}, a.inv_temperature); break;
-      case Softmax::level:
-        z = normalize(RowView<T>{x + a.level_begin, nullptr, a.level_end - a.level_begin},
-                      a.inv_temperature);
-        break;
-      default:
-        z = normalize_children(a, x, row / a.W, a.first_child[a.nodes[row]],
-                               a.first_child[a.nodes[row] + 1]);
-    }
-    // A level without columns has no probabilities to give.
-    if (a.softmax == Softmax::level && a.level_begin == a.level_end) z.log_sum = NAN;
-    a.norms[2 * row] = z.top;
-    a.norms[2 * row + 1] = z.log_sum;
+Normalizer<float> normalize_beam(const StepArgs& a, const Children& c, const T* x, bool& outside) {
+  switch (a.softmax) {
+    case Softmax::vocab: return normalize_plain(x, a.V, a.inv_temperature);
+    case Softmax::level:
+      return normalize_plain(x + a.level_begin, a.level_end - a.level_begin, a.inv_temperature);
+    default: return normalize_children(a, c, x, outside);
   }
 }
 
-struct Candidate {
-  float score;
-  int32_t parent;
-  int64_t node;  // ascending within a parent, as its label is
+// ---- beam search ----
+
+template <class T>
+void search_beam(const StepArgs& a, const Children& c, int32_t beam, const T* x, float score,
+                 Pool& pool, bool& outside) {
+  const Normalizer<float> z = normalize_beam(a, c, x, outside);
+  const float base = score - z.log_sum;
+  if (!(base > -INFINITY)) return;  // the row's normaliser is not a number
+  for (int64_t child = c.begin; child < c.end; child += kLanes) {
+    uint32_t mask;
+    const vfloat v = look_at(a, c, x, child, mask, outside);
+    // Adding 0 makes -0 of 0, whose order would differ.
+    const vfloat total = ((v - z.top) * a.inv_temperature + base) + 0.f;
+    mask = open_lanes(c, child, mask & lanes_greater(total, splat(pool.worst())));
+    if (mask != 0) pool.add<false>(total, total, beam, counting(static_cast<int32_t>(child)), mask);
+  }
+}
+
+// ---- sampling ----
+
+// Arrays that grow to the largest fan-out.
+struct Scratch {
+  float *score = nullptr, *key = nullptr;
+  int32_t* node = nullptr;
+  int64_t room = 0;
+
+  void fit(int64_t n) {
+    if (n <= room) return;
+    free_all();
+    room = n;
+    score = allocate<float>(n + kLanes);
+    key = allocate<float>(n + kLanes);
+    node = allocate<int32_t>(n + kLanes);
+  }
+  void free_all() { std::free(score), std::free(key), std::free(node); }
+  ~Scratch() { free_all(); }
 };
 
-// Score falls; ties go to the earlier parent, then to the lower token.
-bool before(const Candidate& x, const Candidate& y) {
-  if (x.score != y.score) return x.score > y.score;
-  if (x.parent != y.parent) return x.parent < y.parent;
-  return x.node < y.node;
-}
-
-// Leaves the best k of c[0 .. n) in front, in any order.  Quickselect; `before`
-// is a strict order without equals, so the outcome does not depend on the pivots.
-void keep_best(Candidate* c, int64_t n, int64_t k) {
-  int64_t low = 0, high = n;
-  while (high - low > 1) {
-    const Candidate first = c[low], middle = c[low + (high - low) / 2], last = c[high - 1];
-    const Candidate pivot = before(first, middle) ? (before(middle, last)  ? middle
-                                                     : before(first, last) ? last
-                                                                           : first)
-                                                  : (before(first, last)    ? first
-                                                     : before(middle, last) ? last
-                                                                            : middle);
-    int64_t i = low, j = high - 1;
-    while (i <= j) {
-      while (before(c[i], pivot)) ++i;
-      while (before(pivot, c[j])) --j;
-      if (i <= j) {
-        const Candidate swap = c[i];
-        c[i++] = c[j];
-        c[j--] = swap;
-      }
-    }
-    if (k <= j)
-      high = j + 1;
-    else if (k > i)
-      low = i;
-    else
-      return;
+template <class T>
+void sample_beam(const StepArgs& a, const Children& c, int64_t user, int32_t beam, const T* x,
+                 Scratch& s, Pool& pool, bool& outside) {
+  const Normalizer<float> z = normalize_beam(a, c, x, outside);
+  const float score = a.scores[user * a.W + beam], base = score - z.log_sum;
+  const float perturbed = a.perturbed != nullptr
+                              ? a.perturbed[user * a.W + beam]
+                              : score + root_gumbel(a.seed, static_cast<uint64_t>(user), beam);
+  if (!(base > -INFINITY) || perturbed != perturbed) return;
+  s.fit(c.end - c.begin);
+  int64_t n = 0;
+  for (int64_t child = c.begin; child < c.end; child += kLanes) {
+    uint32_t mask;
+    const vfloat v = look_at(a, c, x, child, mask, outside);
+    const vfloat total = (v - z.top) * a.inv_temperature + base;
+    mask = open_lanes(c, child, mask & lanes_greater(total, splat(-INFINITY)));
+    compress(s.score + n, total, mask);
+    compress(s.node + n, counting(static_cast<int32_t>(child)), mask);
+    n += count_lanes(mask);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    s.key[i] = s.score[i] + gumbel(a.seed, static_cast<uint64_t>(user), a.level,
+                                   static_cast<uint32_t>(s.node[i]));
+  float top = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) top = s.key[i] > top ? s.key[i] : top;
+  for (int64_t i = 0; i < n; ++i) s.key[i] = carried_down(s.key[i], top, perturbed) + 0.f;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    uint32_t mask = n - i < kLanes ? kAllLanes >> (kLanes - static_cast<int>(n - i)) : kAllLanes;
+    const vfloat key = load(s.key + i);
+    mask &= lanes_greater(key, splat(pool.worst()));
+    if (mask == 0) continue;
+    vint node;
+    std::memcpy(&node, s.node + i, sizeof node);
+    pool.add<true>(key, load(s.score + i), beam, node, mask);
   }
 }
 
-int compare(const void* x, const void* y) {
-  const Candidate &a = *static_cast<const Candidate*>(x), &b = *static_cast<const Candidate*>(y);
-  return before(a, b) ? -1 : before(b, a) ? 1 : 0;
+// ---- a user ----
+
+// Sorts 64-bit words, upwards, where they stand.  `spare` has room for as many.
+void sort_words(uint64_t* words, uint64_t* spare, int64_t n) {
+  if (n <= 32) {
+    for (int64_t i = 1; i < n; ++i) {
+      const uint64_t word = words[i];
+      int64_t j = i;
+      for (; j > 0 && words[j - 1] > word; --j) words[j] = words[j - 1];
+      words[j] = word;
+    }
+    return;
+  }
+  // By the upper half alone, a digit of 8 bits at a time; the lower one ascends already.
+  uint64_t *from = words, *to = spare;
+  for (int shift = 32; shift < 64; shift += 8) {
+    int64_t count[257] = {};
+    for (int64_t i = 0; i < n; ++i) ++count[(from[i] >> shift & 255) + 1];
+    if (count[(from[0] >> shift & 255) + 1] == n) continue;  // all have the same digit
+    for (int digit = 0; digit < 256; ++digit) count[digit + 1] += count[digit];
+    for (int64_t i = 0; i < n; ++i) to[count[from[i] >> shift & 255]++] = from[i];
+    uint64_t* swap = from;
+    from = to, to = swap;
+  }
+  if (from != words) std::memcpy(words, from, sizeof(uint64_t) * static_cast<size_t>(n));
+}
+
+// The pool's best, best first; `words` has room for twice the width.
+void write_user(const StepArgs& a, int64_t user, Pool& pool, uint64_t* words) {
+  const bool sampling = a.sampling;
+  sampling ? pool.cut<true>() : pool.cut<false>();
+  const int64_t n = pool.size();
+  for (int64_t i = 0; i < n; ++i) {
+    // Flipped, so that the largest key is first; then the earliest place.
+    const uint32_t order = ~(static_cast<uint32_t>(order_key(pool[i].key)) ^ 0x80000000u);
+    words[i] = uint64_t{order} << 32 | static_cast<uint64_t>(i);
+  }
+  sort_words(words, words + a.width, n);
+  const int64_t first = user * a.width;
+  for (int64_t i = 0; i < n; ++i) {
+    const Contender best = pool[static_cast<int64_t>(words[i] & 0xffffffffu)];
+    a.out_scores[first + i] = sampling ? best.score : best.key;
+    if (sampling) a.out_perturbed[first + i] = best.key;
+    a.out_parent[first + i] = best.parent;
+    a.out_token[first + i] = a.labels[best.node];
+    a.out_node[first + i] = best.node;
+  }
+  for (int64_t o = first + n; o < first + a.width; ++o) {
+    a.out_scores[o] = -INFINITY;
+    if (sampling) a.out_perturbed[o] = -INFINITY;
+    a.out_parent[o] = a.out_token[o] = a.out_node[o] = -1;
+  }
 }
 
 template <class T>
-void select_beams(const BeamStepArgs& a, int64_t first_user, int64_t last_user) {
-  // The pool holds the best so far and newcomers that beat the worst of them;
-  // when it is full, it is cut back to the best.
-  const int64_t capacity = 4 * a.width + 1024;
-  Candidate* pool =
-      static_cast<Candidate*>(std::malloc(sizeof(Candidate) * static_cast<size_t>(capacity)));
-  for (int64_t user = first_user; user < last_user; ++user) {
-    int64_t n = 0;
-    float worst = -INFINITY;  // only a score above this can still enter
-    for (int64_t beam = 0; beam < a.W; ++beam) {
+int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
+  Pool pool(a.width);
+  Scratch scratch;
+  uint64_t* words = allocate<uint64_t>(2 * a.width);
+  int64_t first_bad = -1;
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const int64_t user = task / a.chunks, chunk = task % a.chunks;
+    const UserFilter filter = filter_of(a.filter, user);
+    pool.clear();
+    for (int64_t beam = a.W * chunk / a.chunks; beam < a.W * (chunk + 1) / a.chunks; ++beam) {
       const int64_t row = user * a.W + beam;
-      if (!alive(a, row)) continue;
+      ask_ahead(a, row, (user + 1) * a.W);
+      bool outside = a.nodes[row] != -1 && !is_node(a, a.nodes[row]);
+      if (outside && first_bad < 0) first_bad = row;
+      if (outside || !alive(a, row)) continue;
       const T* x = static_cast<const T*>(a.logits) + row * a.stride;
-      const float top = a.norms[2 * row], log_sum = a.norms[2 * row + 1], score = a.scores[row];
-      const int64_t end = a.first_child[a.nodes[row] + 1];
-      for (int64_t child = a.first_child[a.nodes[row]]; child < end; ++child) {
-        const float logp = (to_float(x[a.labels[child]]) - top) * a.inv_temperature - log_sum;
-        const float total = score + logp;
-        // Later candidates lose ties, so equal scores need not enter.  NaN never does.
-        if (!(total > worst) || !allowed(a, user, child)) continue;
-        pool[n++] = {total, static_cast<int32_t>(beam), child};
-        if (n == capacity) {
-          keep_best(pool, n, a.width);
-          n = a.width;
-          worst = pool[0].score;
-          for (int64_t i = 1; i < n; ++i) worst = pool[i].score < worst ? pool[i].score : worst;
-        }
-      }
+      const Children c = children_of(a, filter, a.nodes[row]);
+      if (a.sampling)
+        sample_beam(a, c, user, static_cast<int32_t>(beam), x, scratch, pool, outside);
+      else
+        search_beam(a, c, static_cast<int32_t>(beam), x, a.scores[row], pool, outside);
+      if (outside && first_bad < 0) first_bad = row;
     }
-    if (n > a.width) {
-      keep_best(pool, n, a.width);
-      n = a.width;
+    if (a.chunks == 1) {
+      write_user(a, user, pool, words);
+      continue;
     }
-    std::qsort(pool, static_cast<size_t>(n), sizeof(Candidate), compare);
-    for (int64_t i = 0; i < a.width; ++i) {
-      const int64_t o = user * a.width + i;
-      const bool real = i < n;
-      a.out_scores[o] = real ? pool[i].score : -INFINITY;
-      a.out_parent[o] = real ? pool[i].parent : -1;
-      a.out_token[o] = real ? a.labels[pool[i].node] : -1;
-      a.out_node[o] = real ? pool[i].node : -1;
-    }
+    a.sampling ? pool.cut<true>() : pool.cut<false>();
+    Contender* kept = static_cast<Contender*>(a.workspace) + task * a.width;
+    for (int64_t i = 0; i < a.width; ++i)
+      kept[i] = i < pool.size() ? pool[i] : Contender{-INFINITY, -INFINITY, -1, -1};
   }
-  std::free(pool);
+  std::free(words);
+  return first_bad;
 }
 
-// Calls f<T>() for the element type that `type` names.
-template <class F>
-void by_dtype(DType type, const F& f) {
-  switch (type) {
-    case DType::bf16: return f.template operator()<bf16_t>();
-    case DType::f16: return f.template operator()<f16_t>();
-    default: return f.template operator()<float>();
+int64_t step_any(const StepArgs& a, int64_t first_task, int64_t last_task) {
+  switch (a.dtype) {
+    case DType::bf16: return step<bf16_t>(a, first_task, last_task);
+    case DType::f16: return step<f16_t>(a, first_task, last_task);
+    default: return step<float>(a, first_task, last_task);
   }
 }
 
-void normalize_any(const BeamStepArgs& a, int64_t first, int64_t last) {
-  by_dtype(a.dtype, [&]<class T>() { normalize_beams<T>(a, first, last); });
-}
-void select_any(const BeamStepArgs& a, int64_t first, int64_t last) {
-  by_dtype(a.dtype, [&]<class T>() { select_beams<T>(a, first, last); });
+void merge(const StepArgs& a, int64_t first_user, int64_t last_user) {
+  Pool pool(a.width);
+  uint64_t* words = allocate<uint64_t>(2 * a.width);
+  for (int64_t user = first_user; user < last_user; ++user) {
+    pool.clear();
+    const Contender* kept = static_cast<const Contender*>(a.workspace) + user * a.chunks * a.width;
+    for (int64_t i = 0; i < a.chunks * a.width; ++i) pool.add(kept[i]);
+    write_user(a, user, pool, words);
+  }
+  std::free(words);
 }
 
 }  // namespace
 
 // Declared in trie.cpp for each instruction set that was built.
 extern const trie::CpuKernels trie_kernels;
-const trie::CpuKernels trie_kernels{normalize_any, select_any};
+const trie::CpuKernels trie_kernels{step_any, merge};
 
 }  // namespace genrec::GENREC_ISA

@@ -13,7 +13,7 @@ from .policy import (
     sage_loss_from_logps,
     token_logps,
 )
-from .trie import trie_beam_step
+from .trie import trie_beam_step, trie_sample_step
 
 __all__ = [
     "SageConfig",
@@ -24,4 +24,5 @@ __all__ = [
     "sage_loss_from_logps",
     "token_logps",
     "trie_beam_step",
+    "trie_sample_step",
 ]

@@ -1,4 +1,4 @@
-"""Constrained decoding: one step of beam search under a catalogue's trie.
+"""Constrained decoding: one step of beam search, or of sampling, under a catalogue's trie.
 
 Completes the schema of ``csrc/schema.cpp``; the kernels are in ``csrc/trie``.
 """
@@ -38,7 +38,6 @@ def trie_beam_step(
 
     Args:
         logits: ``[U * W, V]``, float32, bfloat16 or float16; row ``u * W + w`` is beam w of user u.
-            CUDA tensors are copied to the CPU and the results back: there is no CUDA kernel yet.
         scores: ``[U, W]``, the beams' log-probabilities so far.
         nodes: ``[U, W]`` integers, each beam's node within ``level``; -1 is a dead beam.
         trie: the catalogue.
@@ -63,19 +62,12 @@ def trie_beam_step(
     order of ties are ours.
     """
     level_begin, level_end = trie.level_columns(level, logits.shape[-1])
-    tensors = [
+    return torch.ops.genrec.trie_beam_step(
         logits.detach(),
         scores.detach().float(),
         _integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
-    ]
-    device = logits.device
-    if device.type == "cuda":  # no CUDA kernel yet: the step runs on the CPU
-        tensors = [x.cpu() for x in tensors]
-        forbidden = None if forbidden is None else forbidden.cpu()
-    found = torch.ops.genrec.trie_beam_step(
-        *tensors,
         width,
         level_begin=level_begin,
         level_end=level_end,
@@ -83,7 +75,75 @@ def trie_beam_step(
         temperature=temperature,
         forbidden=forbidden,
     )
-    return tuple(x.to(device) for x in found) if device.type == "cuda" else found
+
+
+def trie_sample_step(
+    logits: Tensor,
+    scores: Tensor,
+    perturbed: Tensor | None,
+    nodes: Tensor,
+    trie: Trie,
+    level: int,
+    width: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of sampling without replacement: :func:`trie_beam_step` with Gumbel noise.
+
+    The policy is the constrained one: a row is normalised over the children that may be entered.
+    A child's log-probability is perturbed by Gumbel noise, its siblings' noise is conditioned on
+    the largest being the parent's, and each user's ``width`` largest go on.  Carried from the root
+    to the leaves, this draws ``width`` items without replacement, in the order of the draws.
+
+    Args:
+        logits: ``[U * W, V]``, float32, bfloat16 or float16; row ``u * W + w`` is beam w of user u.
+        scores: ``[U, W]``, the beams' log-probabilities so far; 0 at the root.
+        perturbed: ``[U, W]``, the beams' perturbed log-probabilities; None at the root, where each
+            beam's is its score and a Gumbel variable.
+        nodes: ``[U, W]`` integers, each beam's node within ``level``; -1 is a dead beam.
+        trie: the catalogue.
+        level: how many tokens the beams have: 0 at the root.
+        width: draws to go on with for each user.
+        seed: integer of 64 bits.  A node's noise depends on (seed, user, level, node) alone, user
+            being the row of ``nodes``; it is the same on every device.
+        temperature: positive; logits are divided by it.
+        forbidden: bool over the nodes of level + 1, ``[n]`` or ``[U, n]``: True may not be entered.
+
+    Returns:
+        ``(scores, perturbed, parent, token, node)``, each ``[U, width]``, in descending order of
+        ``perturbed``: float32 log-probability under the constrained policy, perturbed
+        log-probability, the beam each came from, the column it took and the node it is at.  Where
+        fewer continuations exist: -inf, -inf, -1, -1, -1.
+
+    Raises:
+        ValueError: a shape, dtype or setting is wrong.
+        IndexError: a node is none of the level's, or a child's column is none of the logits'.
+
+    Source: Kool, van Hoof and Welling 2019 (arXiv 1903.06059), stochastic beam search; the trie,
+    the generator and its counters are ours.
+    """
+    return torch.ops.genrec.trie_sample_step(
+        logits.detach(),
+        scores.detach().float(),
+        None if perturbed is None else perturbed.detach().float(),
+        _integers("nodes", nodes),
+        trie.first_child(level),
+        trie.labels(level),
+        width,
+        level=level,
+        seed=_signed(seed),
+        temperature=temperature,
+        forbidden=forbidden,
+    )
+
+
+def _signed(seed: int) -> int:
+    """A seed's 64 bits as the signed integer that operators take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _trie_beam_step_fake(
@@ -95,12 +155,35 @@ def _trie_beam_step_fake(
     width: int,
     *,
     forbidden: Tensor | None = None,
+    closed: Tensor | None = None,
+    closed_row: Tensor | None = None,
+    taken: Tensor | None = None,
+    taken_begin: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _one_device(logits, scores, nodes, first_child, labels, forbidden)
+    _one_device(logits, closed, closed_row, taken, taken_begin)
     shape = (nodes.shape[0], width)
     parent, token, node = (nodes.new_empty(shape) for _ in range(3))
     return scores.new_empty(shape), parent, token, node
 
 
+def _trie_sample_step_fake(
+    logits: Tensor,
+    scores: Tensor,
+    perturbed: Tensor | None,
+    nodes: Tensor,
+    first_child: Tensor,
+    labels: Tensor,
+    width: int,
+    **filters: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _one_device(logits, perturbed)
+    best, parent, token, node = _trie_beam_step_fake(
+        logits, scores, nodes, first_child, labels, width, **filters
+    )
+    return best, best.new_empty(best.shape), parent, token, node
+
+
 torch.library.register_fake("genrec::trie_beam_step", _trie_beam_step_fake)
+torch.library.register_fake("genrec::trie_sample_step", _trie_sample_step_fake)

@@ -13,15 +13,17 @@ from .policy import (
     sage_loss_from_logps,
     token_logps,
 )
-from .trie import trie_beam_step
+from .trie import node_gumbel, trie_beam_step, trie_sample_step
 
 __all__ = [
     "SageConfig",
     "SageStats",
     "decoupled_advantages",
     "level_logits",
+    "node_gumbel",
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",
     "trie_beam_step",
+    "trie_sample_step",
 ]
