@@ -4,6 +4,8 @@ import copy
 import itertools
 import math
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -17,10 +19,14 @@ import transformers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -35,7 +41,11 @@ V, PAD, EOS, FIRST = 64, 0, 1, 8
 
 SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
 CAUSAL = ("llama", "qwen3", "gpt2")
-FAMILIES = ("t5", *CAUSAL)
+ENCODER_DECODERS = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+}
+FAMILIES = (*ENCODER_DECODERS, *CAUSAL)
 MODELS = {}
 
 
@@ -45,12 +55,13 @@ def tiny(family, attention="eager", **settings):
     if key in MODELS:
         return MODELS[key]
     torch.manual_seed(7)
-    if family == "t5":
-        config = T5Config(
+    if family in ENCODER_DECODERS:
+        config_type, model_type = ENCODER_DECODERS[family]
+        config = config_type(
             vocab_size=V, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
             num_decoder_layers=2, decoder_start_token_id=PAD, **SPECIAL, **settings,
         )  # fmt: skip
-        model = T5ForConditionalGeneration._from_config(config, attn_implementation=attention)
+        model = model_type._from_config(config, attn_implementation=attention)
         for stack in (model.encoder, model.decoder):
             # Biases far from each other, so that a wrong position cannot pass.
             bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -67,6 +78,7 @@ def tiny(family, attention="eager", **settings):
         kinds = {
             "llama": (LlamaConfig, LlamaForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "granite": (GraniteConfig, GraniteForCausalLM),
             "mistral": (MistralConfig, MistralForCausalLM),
         }
         config_type, model_type = kinds[family]
@@ -81,7 +93,7 @@ def tiny(family, attention="eager", **settings):
 
 
 def sdpa_too(family):
-    known = T5ForConditionalGeneration._supports_sdpa if family == "t5" else True
+    known = ENCODER_DECODERS[family][1]._supports_sdpa if family in ENCODER_DECODERS else True
     return ("eager", "sdpa") if known else ("eager",)
 
 
@@ -241,7 +253,7 @@ def test_a_wrong_tree_would_be_seen(family, monkeypatch):
         patch.setattr(hf._Tree, "grow", lambda self, parent: grow(self, parent) * 0)
         got = hf.beam_search_hf(model, trie, 8, **given)
         assert not torch.allclose(got.scores, want.scores, atol=0.01)
-    if family == "t5":
+    if family in ENCODER_DECODERS:
         replaced = hf._replaced
         monkeypatch.setattr(
             hf, "_replaced", lambda model, modules: replaced(model, {})
@@ -255,13 +267,13 @@ def test_the_prompt_is_computed_once_a_user_and_its_cache_stays_in_place(family,
     model, trie, given = tiny(family), catalogue(5, N=50, L=4, K=5), prompts(5)
     users, width = 3, 6
     shapes, encoded, places = [], [], {}
-    name = "decoder_input_ids" if family == "t5" else "input_ids"
+    name = "decoder_input_ids" if family in ENCODER_DECODERS else "input_ids"
     hooks = [
         model.register_forward_pre_hook(
             lambda _, args, kwargs: shapes.append(tuple(kwargs[name].shape)), with_kwargs=True
         )
     ]
-    if family == "t5":
+    if family in ENCODER_DECODERS:
         hooks.append(model.encoder.register_forward_hook(lambda *_: encoded.append(1)))
     update = hf._TreeLayer.update
 
@@ -277,7 +289,7 @@ def test_the_prompt_is_computed_once_a_user_and_its_cache_stays_in_place(family,
     assert (found.items >= 0).all()
     start = start_of(model, given)
     assert shapes == [(users, start), *[(users, width)] * 3]
-    assert len(encoded) == (family == "t5")
+    assert len(encoded) == (family in ENCODER_DECODERS)
     assert len(places) == 2
     for calls in places.values():
         assert len({call[:2] for call in calls}) == 1
@@ -394,6 +406,13 @@ def test_a_head_with_a_bias_gives_its_level_rows(family):
     assert_same_search(got, without_cache(model, given, trie, 6, softmax="level"))
 
 
+def test_what_a_model_does_to_its_logits_is_done_to_a_levels_rows():
+    model = tiny("granite", logits_scaling=3.0)
+    trie, given = catalogue(19, N=30, L=3), prompts(19)
+    got = hf.beam_search_hf(model, trie, 6, **given, softmax="level")
+    assert_same_search(got, without_cache(model, given, trie, 6, softmax="level"))
+
+
 def test_trie_without_offsets_and_one_of_level_sizes():
     model, given = tiny("qwen3"), prompts(15)
     codes = list(itertools.product(range(8, 12), range(9, 11)))
@@ -483,6 +502,8 @@ def test_arguments_that_do_not_fit_are_refused():
         hf.beam_search_hf(model, trie, 2, ids, mask[:, 1:])
     with pytest.raises(ValueError, match=r"position_ids must have shape \[U, P\]"):
         hf.beam_search_hf(model, trie, 2, ids, mask, position_ids=ids.expand(3, -1, -1))
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        hf.beam_search_hf(model, trie, 0, ids, mask)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):
         hf.beam_search_hf(model, trie, 2)
     with pytest.raises(ValueError, match=r"nothing on to the model but its inputs, got \['pixels"):
@@ -590,9 +611,6 @@ def test_mask_errors():
 
 
 def test_genrec_itself_needs_no_transformers():
-    import subprocess
-    import sys
-
     script = (
         "import sys; sys.modules['transformers'] = None\n"
         "import genrec_ext\n"

@@ -107,6 +107,8 @@ def sid_beam_search(
     """
     if trie is None:
         raise ValueError("trie is None: give generate(..., trie=) a genrec_ext.Trie")
+    if sid_beams < 1:
+        raise ValueError(f"sid_beams must be at least 1, got {sid_beams}")
     config = generation_config
     for name, accepted, instead in (
         ("num_beams", 1, "sid_beams sets the number of beams"),
@@ -202,7 +204,7 @@ def beam_search_hf(
     with U rows of ``width`` queries.  Neither the model nor its configuration is changed.
 
     Supported are causal language models that take ``position_ids`` and whose layers all keep plain
-    keys and values (tested: Llama, Qwen3, GPT-2), and T5 and mT5; attention ``"eager"`` or
+    keys and values (tested: Llama, Qwen3, Granite, GPT-2), and T5 and mT5; attention ``"eager"`` or
     ``"sdpa"``.
 
     Args:
@@ -229,8 +231,6 @@ def beam_search_hf(
     Source: tree attention as in speculative decoding (SpecInfer, arXiv 2305.09781), here over the
     levels of a beam search.
     """
-    if width < 1:
-        raise ValueError(f"sid_beams must be at least 1, got {width}")
     if softmax not in _NORMALISERS:
         raise ValueError(f"softmax must be one of {', '.join(_NORMALISERS)}, got {softmax!r}")
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None)
@@ -555,7 +555,7 @@ class _Head:
 
 class _HeadRows(nn.Module):
     """Some rows of a linear head.  What the model does to hidden states before it (T5's scale) and
-    to logits after it (soft caps, scales) is done as always."""
+    to logits after it (Granite's) is done as always."""
 
     def __init__(self, head: nn.Linear, rows: tuple[int, int]) -> None:
         super().__init__()
