@@ -175,12 +175,16 @@ def main() -> None:
                 [
                     name,
                     f"{users} x {width}",
-                    *(f"{median:,.0f}" for median in medians),
+                    *(
+                        f"{time['median']:,.0f} ({time['p20']:,.0f} to {time['p80']:,.0f})"
+                        for time in times.values()
+                    ),
                     f"{medians[1] / medians[2]:.1f}",
                     f"{medians[0] / medians[2]:.1f}",
                 ]
             )
-    header = ["model", "users x beams", *run, "processor / ours", "dictionary / ours"]
+    columns = [f"{method} (p20 to p80)" for method in run]
+    header = ["model", "users x beams", *columns, "processor / ours", "dictionary / ours"]
     title = f"Constrained beam search in transformers {transformers.__version__}, the whole loop"
     report = "decode-quick" if quick else "decode-cpu"
     write(report, title, "python bench/bench_decode.py", header, rows, raw)

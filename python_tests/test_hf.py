@@ -483,6 +483,10 @@ def test_what_the_tree_cannot_compute_is_refused():
     hooked.forward = hooked.forward
     with pytest.raises(ValueError, match="forward has been replaced on the module"):
         hf.beam_search_hf(hooked, trie, 2, **given, softmax="level")
+    forgetful = copy.deepcopy(tiny("llama")).train()
+    forgetful.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="kept 0 of 7 positions in its cache: switch off gradient"):
+        hf.beam_search_hf(forgetful, trie, 2, **given)
     strange = copy.deepcopy(tiny("llama"))
     strange.lm_head = torch.nn.Sequential(strange.lm_head)
     strange.lm_head.weight = strange.lm_head[0].weight

@@ -104,6 +104,16 @@ def sid_beam_search(
 
     Raises:
         ValueError: there is no trie, or a setting or the model is not supported; says which.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    >>> config = LlamaConfig(vocab_size=8, num_attention_heads=1, pad_token_id=0, **small)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> trie = Trie.from_items([[4, 6], [4, 7], [5, 6]])
+    >>> found = model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, trie=trie, sid_beams=3,
+    ...                        custom_generate=sid_beam_search)
+    >>> sorted(found.tolist())
+    [[1, 2, 4, 6], [1, 2, 4, 7], [1, 2, 5, 6]]
     """
     if trie is None:
         raise ValueError("trie is None: give generate(..., trie=) a genrec_ext.Trie")
@@ -230,6 +240,14 @@ def beam_search_hf(
 
     Source: tree attention as in speculative decoding (SpecInfer, arXiv 2305.09781), here over the
     levels of a beam search.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=1, **small)).eval()
+    >>> trie = Trie.from_items([[4, 6], [4, 7], [5, 6]])
+    >>> found = beam_search_hf(model, trie, 3, torch.tensor([[1, 2], [3, 3]]), softmax="children")
+    >>> found.items.sort().values.tolist()
+    [[0, 1, 2], [0, 1, 2]]
     """
     if softmax not in _NORMALISERS:
         raise ValueError(f"softmax must be one of {', '.join(_NORMALISERS)}, got {softmax!r}")
@@ -374,6 +392,15 @@ def _tree_cache(layers: int, trie: Trie, width: int) -> Cache:
     return Cache(layers=[_TreeLayer(width * (trie.levels - 1)) for _ in range(layers)])
 
 
+def _check_filled(cache: Cache, want: int) -> None:
+    """A model may leave out the cache that it was given, and would then not see the prompt."""
+    if cache.get_seq_length() != want:
+        raise ValueError(
+            f"the model kept {cache.get_seq_length()} of {want} positions in its cache: switch off "
+            "gradient checkpointing, or call model.eval()"
+        )
+
+
 class _Tree:
     """Who descends from whom: the attention mask of each level's beams.
 
@@ -445,6 +472,7 @@ def _causal_step(
                 **only_last,
             )
             return head.checked(level, out.logits[:, -1])
+        _check_filled(cache, len(real[0]) + width * (level - 1))
         out = head.model(level)(
             input_ids=head.tokens(level, token),
             attention_mask=tree.grow(parent),
@@ -486,6 +514,7 @@ def _encoder_decoder_step(
         if parent is None or token is None:
             out = head.model(level)(decoder_input_ids=prompt, **shared)
             return head.checked(level, out.logits[:, -1])
+        _check_filled(own, D + width * (level - 1))
         # T5 takes a key's place in the cache for its position.  All queries of a level are at
         # position D + level - 1, and level t's keys are at D + t - 1.
         before = torch.arange(D, device=prompt.device)
