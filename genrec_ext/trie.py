@@ -430,23 +430,21 @@ class Trie:
             nodes: ``[N]`` integers, -1 for none.
             codes: ``[N]`` integers, codes within the level.
         """
-        first, labels = self.first_child(level).long(), self.labels(level).long()
+        first, labels = self.first_child(level), self.labels(level)
         offset = 0 if self.level_offsets is None else self.level_offsets[level]
         column = codes.long() + offset
         if not len(labels):
             return torch.full_like(nodes, -1)
-        # Sorted keys (parent, label) turn the search for all children into one.
-        parents = torch.repeat_interleave(
-            torch.arange(len(first) - 1, device=first.device), first.diff()
-        )
-        stride = int(labels.max()) + 1
-        outside = (column < 0) | (column >= stride)
-        column = column.masked_fill(outside, 0)
-        wanted = nodes.clamp(min=0) * stride + column
-        keys = parents * stride + labels
-        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        found = (nodes >= 0) & ~outside & (keys[place] == wanted)
-        return torch.where(found, place, -1)
+        live = nodes.long().clamp(0, len(first) - 2)
+        # The first label that is not less, by bisection of all the nodes' runs at once.
+        low, end = first[live].long(), first[live + 1].long()
+        high = end
+        for _ in range(int((end - low).max()).bit_length() if len(nodes) else 0):
+            middle = (low + high) // 2
+            less = (labels[middle.clamp(max=len(labels) - 1)] < column) & (middle < high)
+            low, high = torch.where(less, middle + 1, low), torch.where(less, high, middle)
+        found = (nodes == live) & (low < end) & (labels[low.clamp(max=len(labels) - 1)] == column)
+        return torch.where(found, low, -1)
 
     def items_of(self, leaf: int) -> Tensor:
         """All items at a leaf, ascending, as indices into the codes the trie was built from."""

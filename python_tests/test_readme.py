@@ -33,6 +33,8 @@ def test_pictures_and_links_exist():
 )
 def test_pages_run_and_point_to_what_exists(page):
     text = page.read_text()
+    if "integrations.hf" in text:
+        pytest.importorskip("transformers")
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(block, str(page), "exec"), {})
     for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -532,3 +532,10 @@ def test_a_wild_code_does_not_disturb_its_neighbours():
     trie = Trie.from_items([[i, i % 2] for i in range(9)])
     codes = torch.tensor([[3, 1], [2**60, 0], [-5, 0], [8, 0]])
     assert trie.nodes_of(codes).tolist() == [[0, 3], [0, -1], [0, -1], [0, 8]]
+
+
+def test_a_node_that_is_none_of_the_level_has_no_child():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    nodes, codes = torch.tensor([0, 1, 2, -1, -(2**40), 2**40]), torch.tensor([2, 1, 1, 1, 1, 1])
+    assert trie.child(1, nodes, codes).tolist() == [1, 2, -1, -1, -1, -1]
+    assert trie.child(1, nodes[:0], codes[:0]).tolist() == []
