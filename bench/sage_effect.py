@@ -30,7 +30,13 @@ from genrec_ext.training.rl import Rollout, list_entropy
 
 K = 10
 SETTING = RLConfig(
-    steps=10, users=256, updates=8, weights=(1.0, 0.5, 2.0, 0.1), cold_count=10, clamp=12.0
+    rollouts="beam",
+    steps=10,
+    users=256,
+    updates=8,
+    weights=(1.0, 0.5, 2.0, 0.1),
+    cold_count=10,
+    clamp=12.0,
 )
 METHODS: dict[str, SageConfig | None] = {
     "no RL": None,

@@ -1,8 +1,9 @@
 """The `rl` stage: SAGE fine-tuning on lists that our own constrained decoder proposes.
 
-A step takes users' histories, lets the policy write a list of items for each, rewards the items
-for several things at once (decoupled advantages), and makes a few updates on the list.  Scores are
-normalised over the same support that the decoder used, so the importance ratio is unbiased.
+A step takes users' histories, lets the policy draw a list of items for each, without replacement,
+rewards the items for several things at once (decoupled advantages), and makes a few updates on the
+list.  The draws' own log-probabilities are the old ones, and updates are scored over the same
+support, so the importance ratio is unbiased.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decode import beam_search
+from ..decode import beam_search, sample_items
 from ..models import CompactRecommender
 from ..ops import SageConfig, SageStats, decoupled_advantages, sage_loss, token_logps
 from ..trie import Trie
 
 REWARDS = ("hit", "rank", "cold", "diversity")
+ROLLOUTS = ("sample", "beam")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class RLConfig:
         steps: rollout batches.
         users: histories a batch.
         candidates: items a list (G).
+        rollouts: how a list is written: ``"sample"`` draws without replacement from the constrained
+            policy, ``"beam"`` takes its most probable items by beam search.
         updates: optimiser steps a batch; from the second on, the policy has moved from the one
             that wrote the list, and SAGE's caps act.
         rate: learning rate of AdamW, after a linear warm-up over the first tenth and down to 0.
@@ -47,6 +51,7 @@ class RLConfig:
     steps: int = 100
     users: int = 128
     candidates: int = 16
+    rollouts: str = "sample"
     updates: int = 2
     rate: float = 5e-5
     weights: tuple[float, float, float, float] = (1.0, 0.5, 0.5, 0.1)
@@ -55,6 +60,10 @@ class RLConfig:
     kl_weight: float = 0.05
     clip_norm: float = 1.0
     sage: SageConfig = field(default_factory=SageConfig)
+
+    def __post_init__(self) -> None:
+        if self.rollouts not in ROLLOUTS:
+            raise ValueError(f'rollouts must be "sample" or "beam", got {self.rollouts!r}')
 
 
 def rewards_of(
@@ -208,12 +217,9 @@ class SageTrainer:
         misses would teach only what to avoid.  Its score is the policy's own, like the others'.
         """
         self.model.eval()
-        B, G = len(history), self.config.candidates
+        G = self.config.candidates
         state = self.model.encode(history)
-        found = beam_search(
-            self.model.step_fn(state), self.trie, G, users=B, softmax=self.model.softmax
-        )
-        items, codes, scores = found.items.clone(), found.codes.clone(), found.scores.clone()
+        items, codes, old = self._write_lists(state)
         target_codes = self.model.codes[targets]
         # Items that share the target's path are hits too.
         same = (codes == target_codes.unsqueeze(1)).all(-1)
@@ -221,11 +227,11 @@ class SageTrainer:
         missing = ~same.any(-1)
         items[missing, -1] = targets[missing]
         codes[missing, -1] = target_codes[missing]
+        old[missing, -1] = self._score(self.model, state, targets)[missing]
         rows = items.flatten().clamp(min=0)
         mask = (items >= 0).flatten().unsqueeze(-1).expand(-1, codes.shape[-1])
-        old = self._score(self.model, state, rows, mask)
-        ref = self._score(self.reference, self.reference.encode(history), rows, mask)
-        scores[missing, -1] = old.sum(-1).view(B, G)[missing, -1]
+        ref = self._score(self.reference, self.reference.encode(history), rows)
+        scores = old.sum(-1).masked_fill(items < 0, -torch.inf)
         rewards = rewards_of(items, codes, targets, self.counts, self.config.cold_count)
         weights = torch.tensor(self.config.weights, device=self.device)
         advantages = decoupled_advantages(rewards, weights, clamp=self.config.clamp)
@@ -233,7 +239,7 @@ class SageTrainer:
             history,
             rows,
             mask,
-            old,
+            old.flatten(0, 1),
             ref,
             advantages.flatten(),
             list_entropy(scores).repeat_interleave(G),
@@ -242,11 +248,30 @@ class SageTrainer:
             1 - missing.float().mean().item(),
         )
 
+    def _write_lists(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(items [B, G], codes [B, G, L], log-probabilities [B, G, L])`` of the policy's lists,
+        the most probable first; items -1 where the catalogue has fewer."""
+        config, model = self.config, self.model
+        B, G = len(state), config.candidates
+        if config.rollouts == "beam":
+            found = beam_search(model.step_fn(state), self.trie, G, users=B, softmax=model.softmax)
+            logps = self._score(model, state, found.items.flatten().clamp(min=0))
+            return found.items, found.codes, logps.view(B, G, -1)
+        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0])
+        drawn = sample_items(
+            model.step_fn(state), self.trie, G, users=B, seed=seed, softmax=model.softmax
+        )
+        # Draws come in random order; the reward of ranks wants the policy's own.
+        order = drawn.scores.argsort(dim=1, descending=True, stable=True)
+        by_level = order.unsqueeze(-1).expand_as(drawn.codes)
+        codes, logps = drawn.codes.gather(1, by_level), drawn.token_logps.gather(1, by_level)
+        return drawn.items.gather(1, order), codes, logps
+
     @staticmethod
-    def _score(model: CompactRecommender, state: Tensor, items: Tensor, mask: Tensor) -> Tensor:
+    def _score(model: CompactRecommender, state: Tensor, items: Tensor) -> Tensor:
         """Log-probabilities of items' codes, over the support that the decoder uses."""
         logits, support = model.item_rows(_repeated(state, len(items)), items)
-        return token_logps(logits, model.codes[items], mask=mask, **support)[0]
+        return token_logps(logits, model.codes[items], **support)[0]
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: up over the first tenth, then straight down to 0."""
