@@ -43,7 +43,7 @@ class ItemMasks:
         given = allowed.detach().cpu().numpy() if isinstance(allowed, Tensor) else allowed
         given = np.asarray(given)
         rows = given.shape[:-1] if given.ndim == 2 else ()
-        array = bool_mask("allowed", given, (*rows, trie.num_items)).reshape(-1, trie.num_items)
+        array = np.atleast_2d(bool_mask("allowed", given, (*rows, trie.num_items)))
         host = trie._on_host()
         also = None if host._bits is None else host._bits[-1].numpy()
         bits = host._new_bits(len(array) + (also is not None))
@@ -164,7 +164,8 @@ class ItemFilter:
                     "allowed must be masks of this version of the trie; masks.on(trie) makes them"
                 )
         host, device = trie._on_host(), trie.device
-        self.trie, self.users = trie, None
+        self.trie = trie
+        self.users: int | None = None
         M = 0 if masks is None else len(masks)
         rows = None if row is None else integers("row", row, 1)
         lists = None if seen is None else integers("seen", seen, 2)
@@ -173,8 +174,8 @@ class ItemFilter:
         if rows is not None:
             outside = (rows < -1) | (rows >= M)
             if outside.any():
-                user = int(outside.argmax())
-                raise IndexError(f"row[{user}] must lie in [-1, {M}), got {rows[user]}")
+                at = int(outside.argmax())
+                raise IndexError(f"row[{at}] must lie in [-1, {M}), got {rows[at]}")
             self.users = len(rows)
             if host._bits is not None:  # without a mask, what is unavailable stays so
                 rows = np.where(rows < 0, M, rows)
@@ -270,8 +271,8 @@ class ItemFilter:
         if bits is not None:
             result = self._closed_by_row(bits, at)
         if self.taken is not None and self.taken_begin is not None:
-            user = torch.repeat_interleave(
+            users = torch.repeat_interleave(
                 torch.arange(len(result), device=at.device), self.taken_begin[level].diff()
             )
-            result[user, self.taken[level].long()] = True
+            result[users, self.taken[level].long()] = True
         return result[0] if self.users is None else result

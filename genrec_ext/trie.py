@@ -702,11 +702,10 @@ class Trie:
         >>> trie.num_items, trie.labels(1).tolist(), trie.items_of(0).tolist()
         (4, [1, 0, 1], [0, 3])
         """
-        more = Trie.from_items(codes, item_ids, self.level_offsets, self.level_sizes)
-        if more.levels != self.levels:
-            raise ValueError(
-                f"codes must have shape [K, {self.levels}], got [{more.num_items}, {more.levels}]"
-            )
+        array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+        if array.ndim != 2 or array.shape[1] != self.levels:
+            raise ValueError(f"codes must have shape [K, {self.levels}], got {list(array.shape)}")
+        more = Trie.from_items(array, item_ids, self.level_offsets, self.level_sizes)
         if self.num_items and more.num_items and (item_ids is None) != (self.item_ids is None):
             have = "no names" if self.item_ids is None else "names"
             raise ValueError(

@@ -77,32 +77,56 @@ int64_t first_from(int64_t from, int64_t end, const F& holds) {
   return low;
 }
 
+// A node and its children in the row below.
+struct Family {
+  int64_t node, begin, end;
+};
+
 // Climbs from the nodes of row l (items, for l = L) to their parents, which are in
 // row l - 1 and at level l.  Queries must ascend.
 class Climber {
  public:
-  Climber(const View& trie, int64_t l) : trie_(trie), l_(l) {}
+  Climber(const View& trie, int64_t l)
+      : trie_(trie), l_(l), slope_(static_cast<double>(trie.nodes[l]) / trie.bits(l)) {}
 
-  int64_t parent(int64_t child) {
-    if (l_ < trie_.levels()) {
-      const int32_t* first = trie_.first_child[l_];
-      last_ =
-          first_from(last_, trie_.nodes[l_] - 1, [&](int64_t i) { return first[i + 1] > child; });
-      return last_;
-    }
-    // Of the items up to this place, those that are not their leaf's first.
-    last_ = first_from(last_, trie_.N - trie_.leaves(),
-                       [&](int64_t i) { return trie_.repeats[i] + i + 1 > child; });
-    return child - last_;
-  }
-  std::pair<int64_t, int64_t> children(int64_t node) const {
-    if (l_ < trie_.levels()) return {trie_.first_child[l_][node], trie_.first_child[l_][node + 1]};
-    return {items_begin(trie_, node), items_begin(trie_, node + 1)};
-  }
+  Family above(int64_t child) { return l_ < trie_.levels() ? above_node(child) : leaf_of(child); }
 
  private:
+  Family above_node(int64_t child) {
+    // Parents are spread almost evenly, so their order in memory gives a guess, and
+    // what it is off by a better one: a search from there stays on a page or two,
+    // where a binary search visits a dozen.
+    const int32_t* first = trie_.first_child[l_];
+    const int64_t n = trie_.nodes[l_];
+    const auto beyond = [&](int64_t i) { return first[i + 1] > child; };
+    int64_t guess = static_cast<int64_t>(slope_ * child);
+    for (int round = 0; round < 2; ++round) {
+      guess = std::clamp<int64_t>(guess, 0, n - 1);
+      guess += static_cast<int64_t>(slope_ * (child - first[guess]));
+    }
+    guess = std::clamp<int64_t>(guess, 0, n - 1);
+    for (int64_t step = 1; guess > 0 && first[guess] > child; step *= 2)
+      guess = std::max<int64_t>(0, guess - step);
+    const int64_t node = first_from(guess, n - 1, beyond);
+    return {node, first[node], first[node + 1]};
+  }
+
+  Family leaf_of(int64_t child) {
+    const int32_t* repeats = trie_.repeats;
+    const int64_t count = trie_.N - trie_.leaves();
+    // Of the items up to this place, those that are not their leaf's first.
+    last_ = first_from(last_, count, [&](int64_t i) { return repeats[i] + i + 1 > child; });
+    const int64_t leaf = child - last_;
+    int64_t begin = last_;
+    if (begin > 0 && repeats[begin - 1] == leaf)
+      begin = std::lower_bound(repeats, repeats + last_, leaf) - repeats;
+    const int64_t end = first_from(last_, count, [&](int64_t i) { return repeats[i] > leaf; });
+    return {leaf, leaf + begin, leaf + 1 + end};
+  }
+
   const View& trie_;
   const int64_t l_;
+  const double slope_;  // parents a child
   int64_t last_ = 0;
 };
 
@@ -115,6 +139,31 @@ void place_items(const int32_t* items, int64_t N, int32_t* place_of, int64_t thr
       place_of[items[p]] = static_cast<int32_t>(p);
   });
 }
+
+namespace {
+
+// The bits of the leaves in words [first, last), from those of the items.
+void close_leaves(const View& trie, const uint32_t* items, uint32_t* leaves, int64_t first,
+                  int64_t last) {
+  const int64_t n = trie.leaves(), count = trie.N - n;
+  int64_t repeat = first < last ? items_begin(trie, 32 * first) - 32 * first : 0;
+  for (int64_t w = first; w < last; ++w) {
+    const int64_t stop = std::min(32 * w + 32, n);
+    if (repeat == count || trie.repeats[repeat] >= stop) {  // an item a leaf, as nearly everywhere
+      leaves[w] = some_bits(items, 32 * w + repeat, stop - 32 * w);
+      continue;
+    }
+    uint32_t value = 0;
+    for (int64_t leaf = 32 * w; leaf < stop; ++leaf) {
+      const int64_t begin = leaf + repeat;
+      while (repeat < count && trie.repeats[repeat] == leaf) ++repeat;
+      value |= uint32_t{all_set(items, begin, leaf + 1 + repeat)} << (leaf % 32);
+    }
+    leaves[w] = value;
+  }
+}
+
+}  // namespace
 
 int64_t close_items(const View& trie, const bool* allowed, const uint32_t* also,
                     const std::vector<uint32_t*>& bits, int64_t threads) {
@@ -154,27 +203,20 @@ int64_t close_items(const View& trie, const bool* allowed, const uint32_t* also,
       const int64_t n = trie.nodes[l];
       const int64_t first = share(words(n), part, threads),
                     last = share(words(n), part + 1, threads);
-      const int64_t stop = std::min(32 * last, n);
-      if (32 * first >= stop) return;
-      const int64_t repeats = trie.N - trie.leaves();
-      int64_t begin = l < L ? trie.first_child[l][32 * first] : items_begin(trie, 32 * first);
-      int64_t repeat = begin - 32 * first;  // of leaves: how many repeats lie below
-      uint32_t value = 0;
-      for (int64_t node = 32 * first; node < stop; ++node) {
-        int64_t end;
-        if (l < L) {
-          end = trie.first_child[l][node + 1];
-        } else {
-          while (repeat < repeats && trie.repeats[repeat] == node) ++repeat;
-          end = node + 1 + repeat;
+      if (l == L)
+        close_leaves(trie, below, bits[l - 1], first, last);
+      else
+        for (int64_t w = first; w < last; ++w) {
+          uint32_t value = 0;
+          int64_t begin = trie.first_child[l][32 * w];
+          for (int64_t node = 32 * w; node < std::min(32 * w + 32, n); ++node) {
+            const int64_t end = trie.first_child[l][node + 1];
+            const bool closed = end - begin == 1 ? test(below, begin) : all_set(below, begin, end);
+            value |= uint32_t{closed} << (node % 32);
+            begin = end;
+          }
+          bits[l - 1][w] = value;
         }
-        value |= uint32_t{all_set(below, begin, end)} << (node % 32);
-        if (node % 32 == 31 || node + 1 == stop) {
-          bits[l - 1][node / 32] = value;
-          value = 0;
-        }
-        begin = end;
-      }
     });
   }
   return closed;
@@ -199,10 +241,9 @@ int64_t set_places(const View& trie, const int64_t* places, int64_t K, bool clos
     Climber climber(trie, l);
     int64_t kept = 0, last = -1;
     for (int64_t child : changed) {
-      const int64_t node = climber.parent(child);
+      const auto [node, begin, end] = climber.above(child);
       if (node == last) continue;
       last = node;
-      const auto [begin, end] = climber.children(node);
       if (all_set(bits[l], begin, end) == test(bits[l - 1], node)) continue;
       flip(bits[l - 1], node);
       changed[kept++] = node;
@@ -252,8 +293,7 @@ Taken take_items(const View& trie, const int32_t* place_of, const int64_t* seen,
         Climber climber(trie, l);
         above.clear();
         for (size_t i = 0; i < now.size();) {
-          const int64_t node = climber.parent(now[i]);
-          const auto [begin, end] = climber.children(node);
+          const auto [node, begin, end] = climber.above(now[i]);
           const size_t from = i;
           while (i < now.size() && now[i] < end) ++i;
           const int64_t taken = static_cast<int64_t>(i - from);
