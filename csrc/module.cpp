@@ -105,13 +105,14 @@ std::vector<uint32_t*> bits_of(const genrec::trie::View& view, const py::list& r
 
 py::array_t<int32_t> place_items(const py::array_t<int32_t, py::array::c_style>& items,
                                  int64_t threads) {
-  py::array_t<int32_t> place_of(items.size());
   const int32_t* from = items.data();
-  int32_t* to = place_of.mutable_data();
   const int64_t N = items.size();
-  py::gil_scoped_release release;
-  genrec::trie::place_items(from, N, to, threads);
-  return place_of;
+  genrec::trie::Array<int32_t> place_of;
+  {
+    py::gil_scoped_release release;
+    place_of = genrec::trie::place_items(from, N, threads);
+  }
+  return as_numpy(std::move(place_of));
 }
 
 int64_t close_items(const py::tuple& trie, const py::array& allowed, const py::object& also,

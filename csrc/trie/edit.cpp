@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "common/pages.h"
 #include "trie/parallel.h"
 
 namespace genrec::trie {
@@ -77,6 +78,15 @@ int64_t first_from(int64_t from, int64_t end, const F& holds) {
   return low;
 }
 
+// Memory that is written at once, on huge pages where it is much: the faults of
+// small ones take as long as what is written.
+template <class T>
+Array<T> roomy(int64_t n) {
+  Array<T> result(n);
+  advise_huge_pages(result.data.get(), n * static_cast<int64_t>(sizeof(T)));
+  return result;
+}
+
 // A node and its children in the row below.
 struct Family {
   int64_t node, begin, end;
@@ -132,12 +142,14 @@ class Climber {
 
 }  // namespace
 
-void place_items(const int32_t* items, int64_t N, int32_t* place_of, int64_t threads) {
+Array<int32_t> place_items(const int32_t* items, int64_t N, int64_t threads) {
+  Array<int32_t> place_of = roomy<int32_t>(N);
   in_parallel(threads, [&](int64_t part) {
     const int64_t end = share(N, part + 1, threads);
     for (int64_t p = share(N, part, threads); p < end; ++p)
-      place_of[items[p]] = static_cast<int32_t>(p);
+      place_of.data[items[p]] = static_cast<int32_t>(p);
   });
+  return place_of;
 }
 
 namespace {
@@ -406,12 +418,12 @@ Merged merge(const View& base, const View& more, const std::vector<const uint32_
   for (int64_t l = 0; l <= L; ++l) nodes[l] = base.nodes[l] + events[l].inserted.back();
   int64_t total = 0;
   for (int64_t l = 0; l < L; ++l) {
-    out.trie.first_child.emplace_back(nodes[l] + 1);
+    out.trie.first_child.push_back(roomy<int32_t>(nodes[l] + 1));
     total += nodes[l + 1];
   }
-  out.trie.labels = Array<int32_t>(total);
-  out.trie.items = Array<int32_t>(N + K);
-  out.trie.repeats = Array<int32_t>(N + K - nodes[L]);
+  out.trie.labels = roomy<int32_t>(total);
+  out.trie.items = roomy<int32_t>(N + K);
+  out.trie.repeats = roomy<int32_t>(N + K - nodes[L]);
 
   in_parallel(threads, [&](int64_t part) {
     int32_t* labels = out.trie.labels.data.get();

@@ -38,8 +38,8 @@ struct View {
 
 inline int64_t words(int64_t bits) { return (bits + 31) / 32; }
 
-// The inverse of items: place_of [N] is where each item stands in it.
-void place_items(const int32_t* items, int64_t N, int32_t* place_of, int64_t threads);
+// The inverse of items: [N], where each item stands in it.
+Array<int32_t> place_items(const int32_t* items, int64_t N, int64_t threads);
 
 // Writes all rows from scratch: an item is closed unless allowed [N, by item] and
 // not in `also` [words(N), by place], which may be null.  Returns how many are.
