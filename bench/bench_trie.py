@@ -125,41 +125,44 @@ def build(quick: bool) -> None:
     write(name, "Building the trie", "python bench/bench_trie.py build", header, rows, raw)
 
 
-def live(quick: bool) -> None:
+def live_methods(items: int, changed: int) -> dict:
+    """What is timed on a catalogue of so many items of which some change."""
     users, listed = 64, 200
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (items, 4))
+    fresh = rng.integers(0, 256, (changed, 4))
+    gone = rng.choice(items, changed, replace=False)
+    both, fewer = np.concatenate([codes, fresh]), np.delete(codes, gone, axis=0)
+    seen = rng.integers(0, items, (users, listed))
+    allowed = rng.random(items) < 0.5
+    which = np.zeros(users, dtype=np.int64)
+    trie = Trie.from_items(codes)
+    removed, masks = trie.removing(gone), trie.masks(allowed)
+
+    def note_places():
+        trie._derived.place_of = None
+        trie._place_of()
+
+    return {
+        f"removing {changed:,} items": lambda: trie.removing(gone),
+        f"restoring {changed:,}": lambda: removed.restoring(gone),
+        "availability from a mask": lambda: trie.with_availability(allowed),
+        "places of the items, once": note_places,
+        "building without the removed": lambda: Trie.from_items(fewer),
+        f"adding {changed:,}": lambda: trie.adding(fresh),
+        f"adding {changed:,}, some unavailable": lambda: removed.adding(fresh),
+        "building with the added": lambda: Trie.from_items(both),
+        f"seen filter, {users} users x {listed}": lambda: trie.filter(seen=seen),
+        "the same under a prepared mask": lambda: trie.filter(masks, which, seen),
+        "preparing a mask": lambda: trie.masks(allowed),
+        f"a mask after {changed:,} were removed": lambda: masks.on(removed),
+    }
+
+
+def live(quick: bool) -> None:
     rows, raw = [], []
     for items, changed in [(10**4, 100)] if quick else [(10**6, 10**4), (10**7, 10**4)]:
-        rng = np.random.default_rng(0)
-        codes = rng.integers(0, 256, (items, 4))
-        fresh = rng.integers(0, 256, (changed, 4))
-        both = np.concatenate([codes, fresh])
-        trie = Trie.from_items(codes)
-        gone = rng.choice(items, changed, replace=False)
-        seen = rng.integers(0, items, (users, listed))
-        allowed = rng.random(items) < 0.5
-        which = np.zeros(users, dtype=np.int64)
-        removed, masks = trie.removing(gone), trie.masks(allowed)
-        fewer = np.delete(codes, gone, axis=0)
-
-        def note_places(trie=trie):
-            trie._derived.place_of = None
-            trie._place_of()
-
-        methods = {
-            f"removing {changed:,} items": lambda: trie.removing(gone),
-            f"restoring {changed:,}": lambda: removed.restoring(gone),
-            "availability from a mask": lambda: trie.with_availability(allowed),
-            "places of the items, once": note_places,
-            "building without the removed": lambda: Trie.from_items(fewer),
-            f"adding {changed:,}": lambda: trie.adding(fresh),
-            f"adding {changed:,}, some unavailable": lambda: removed.adding(fresh),
-            "building with the added": lambda: Trie.from_items(both),
-            f"seen filter, {users} users x {listed}": lambda: trie.filter(seen=seen),
-            "the same under a prepared mask": lambda: trie.filter(masks, which, seen),
-            "preparing a mask": lambda: trie.masks(allowed),
-            f"a mask after {changed:,} were removed": lambda: masks.on(removed),
-        }
-        times = interleaved(methods, 3 if quick else 9)
+        times = interleaved(live_methods(items, changed), 3 if quick else 9)
         raw.append({"items": items, "changed": changed, "times": times})
         rebuilt = times["building with the added"]["median"]
         rows += [

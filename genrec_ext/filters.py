@@ -208,12 +208,10 @@ class ItemFilter:
         )
         self.taken = [torch.from_numpy(nodes).to(device) for nodes, _ in found[:-1]]
         self.taken_begin = [torch.from_numpy(begin).to(device) for _, begin in found[:-1]]
-        places, begin = (torch.from_numpy(part).to(device) for part in found[-1])
         # One ascending list of (user, place) for first_items.
-        user = torch.repeat_interleave(
-            torch.arange(self.users, device=device), begin.diff(), output_size=len(places)
-        )
-        self._taken_items = user * trie.num_items + places
+        places, begin = found[-1]
+        held = np.repeat(np.arange(self.users) * trie.num_items, np.diff(begin)) + places
+        self._taken_items = torch.from_numpy(held).to(device)
 
     def first_items(self, leaves: Tensor) -> Tensor:
         """The first item of each leaf that its user may be given.
