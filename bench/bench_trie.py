@@ -1,11 +1,12 @@
 """The trie: building it, and a step of constrained beam search.
 
-python bench/bench_trie.py [step] [build] [--quick]
+python bench/bench_trie.py [step] [build] [live] [--quick]
 
 step: against the best eager PyTorch, summed over deep levels.  Eager PyTorch here is a gather of
 the children through the same CSR arrays, a log-softmax of the rows and a topk; it breaks ties as
 topk does.
 build: `Trie.from_items` against the same arrays made by NumPy from a lexsort of the levels.
+live: edits and filters of a built trie, against building it anew.
 """
 
 from __future__ import annotations
@@ -124,12 +125,66 @@ def build(quick: bool) -> None:
     write(name, "Building the trie", "python bench/bench_trie.py build", header, rows, raw)
 
 
+def live_methods(items: int, changed: int) -> dict:
+    """What is timed on a catalogue of so many items of which some change."""
+    users, listed = 64, 200
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (items, 4))
+    fresh = rng.integers(0, 256, (changed, 4))
+    gone = rng.choice(items, changed, replace=False)
+    both, fewer = np.concatenate([codes, fresh]), np.delete(codes, gone, axis=0)
+    seen = rng.integers(0, items, (users, listed))
+    allowed = rng.random(items) < 0.5
+    which = np.zeros(users, dtype=np.int64)
+    trie = Trie.from_items(codes)
+    removed, masks = trie.removing(gone), trie.masks(allowed)
+
+    def note_places():
+        trie._derived.place_of = None
+        trie._place_of()
+
+    return {
+        f"removing {changed:,} items": lambda: trie.removing(gone),
+        f"restoring {changed:,}": lambda: removed.restoring(gone),
+        "availability from a mask": lambda: trie.with_availability(allowed),
+        "places of the items, once": note_places,
+        "building without the removed": lambda: Trie.from_items(fewer),
+        f"adding {changed:,}": lambda: trie.adding(fresh),
+        f"adding {changed:,}, some unavailable": lambda: removed.adding(fresh),
+        "building with the added": lambda: Trie.from_items(both),
+        f"seen filter, {users} users x {listed}": lambda: trie.filter(seen=seen),
+        "the same under a prepared mask": lambda: trie.filter(masks, which, seen),
+        "preparing a mask": lambda: trie.masks(allowed),
+        f"a mask after {changed:,} were removed": lambda: masks.on(removed),
+    }
+
+
+def live(quick: bool) -> None:
+    rows, raw = [], []
+    for items, changed in [(10**4, 100)] if quick else [(10**6, 10**4), (10**7, 10**4)]:
+        times = interleaved(live_methods(items, changed), 3 if quick else 9)
+        raw.append({"items": items, "changed": changed, "times": times})
+        rebuilt = times["building with the added"]["median"]
+        rows += [
+            [
+                f"{items:,}",
+                name,
+                f"{t['median']:.2f} ({t['p20']:.2f} to {t['p80']:.2f})",
+                f"{rebuilt / t['median']:.1f}",
+            ]
+            for name, t in times.items()
+        ]
+    header = ["items of 4 levels of 256", "what", "ms (p20 to p80)", "building / it"]
+    name = "trie-live-quick" if quick else "trie-live"
+    write(name, "A catalogue that changes", "python bench/bench_trie.py live", header, rows, raw)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sections", nargs="*", help="step, build; default: both")
+    parser.add_argument("sections", nargs="*", help="step, build, live; default: all")
     parser.add_argument("--quick", action="store_true", help="small cases, three repeats")
     arguments = parser.parse_args()
-    sections = {"step": step, "build": build}
+    sections = {"step": step, "build": build, "live": live}
     unknown = set(arguments.sections) - set(sections)
     if unknown:
         parser.error(f"sections are {', '.join(sections)}, got {', '.join(sorted(unknown))}")

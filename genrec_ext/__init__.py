@@ -6,6 +6,8 @@ The public names.  Importing this package registers ``torch.ops.genrec.*``.
 from . import _load  # noqa: F401  (first: says in a sentence what is wrong with torch or a library)
 from ._version import __version__
 from .decode import BeamResult, SampleResult, beam_search, sample_items
+from .filters import ItemFilter, ItemMasks
+from .live import LiveTrie
 from .ops import (
     SageConfig,
     SageStats,
@@ -21,6 +23,9 @@ from .trie import Trie
 
 __all__ = [
     "BeamResult",
+    "ItemFilter",
+    "ItemMasks",
+    "LiveTrie",
     "SageConfig",
     "SageStats",
     "SampleResult",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .filters import ItemFilter
 from .ops.policy import token_logps
 from .ops.trie import trie_beam_step, trie_sample_step
 from .trie import Trie
@@ -21,7 +22,8 @@ class BeamResult:
     """What a search found, best first; rows that ran out of items end in -1 and -inf."""
 
     items: Tensor
-    """``[U, width]`` int64: index of the item, of a collision its first, -1 where none."""
+    """``[U, width]`` int64: index of the item, of a collision the first that may be returned, -1
+    where none."""
     codes: Tensor
     """``[U, width, L]`` int64: codes within their levels, -1 where none."""
     scores: Tensor
@@ -35,7 +37,8 @@ class SampleResult:
     """What was drawn, in the order of the draws; rows that ran out of items end in -1 and -inf."""
 
     items: Tensor
-    """``[U, width]`` int64: index of the item, of a collision its first, -1 where none."""
+    """``[U, width]`` int64: index of the item, of a collision the first that may be returned, -1
+    where none."""
     codes: Tensor
     """``[U, width, L]`` int64: codes within their levels, -1 where none."""
     scores: Tensor
@@ -53,14 +56,17 @@ class SampleResult:
 
 
 class _Paths:
-    """Where each user's beams are, and how they came there."""
+    """Where each user's beams are, how they came there, and where they may not go."""
 
-    def __init__(self, trie: Trie, width: int, users: int) -> None:
+    def __init__(
+        self, trie: Trie, width: int, users: int, forbidden: Tensor | ItemFilter | None
+    ) -> None:
         for name, value in (("width", width), ("users", users)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         device = trie.device
         self.trie, self.users = trie, users
+        self.forbidden = _filter(trie, users, forbidden)
         self.nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
         self.codes = torch.empty(users, 1, 0, dtype=torch.int64, device=device)
         self.parent: Tensor | None = None
@@ -92,6 +98,33 @@ class _Paths:
         )
         self.codes = codes.masked_fill(dead.unsqueeze(-1), -1)
 
+    def items(self) -> Tensor:
+        """The first item of each leaf that its user may be given."""
+        where: Trie | ItemFilter = self.forbidden or self.trie
+        return where.first_items(self.nodes)
+
+
+def _filter(trie: Trie, users: int, forbidden: Tensor | ItemFilter | None) -> ItemFilter | None:
+    """A request's filter, of a mask over items where that is what is given."""
+    if forbidden is None:
+        return None
+    if isinstance(forbidden, ItemFilter):
+        if forbidden.users not in (None, users):
+            raise ValueError(f"forbidden must be a filter for {users} users, got {forbidden.users}")
+        return forbidden
+    N = trie.num_items
+    if forbidden.dtype != torch.bool or forbidden.dim() not in (1, 2):
+        raise ValueError(
+            f"forbidden must be bool [num_items] or [U, num_items], got {forbidden.dtype} "
+            f"{list(forbidden.shape)}"
+        )
+    if forbidden.shape not in ((N,), (users, N)):
+        raise ValueError(
+            f"forbidden must cover {N} items, for all users or each of {users}, got "
+            f"{list(forbidden.shape)}"
+        )
+    return trie.filter(~forbidden, row=range(users) if forbidden.dim() == 2 else None)
+
 
 @torch.no_grad()
 def beam_search(
@@ -102,7 +135,7 @@ def beam_search(
     users: int,
     softmax: str = "vocab",
     temperature: float = 1.0,
-    forbidden: Tensor | None = None,
+    forbidden: Tensor | ItemFilter | None = None,
 ) -> BeamResult:
     """Beam search over a trie's items, driving any model; one model call a level.
 
@@ -118,7 +151,9 @@ def beam_search(
         softmax: ``"vocab"``, ``"level"`` or ``"children"``; see :func:`trie_beam_step`.
         temperature: logits are divided by it.
         forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items that may not be
-            returned; a subtree of forbidden items is never entered.
+            returned; or a ``trie.filter(...)``, whose masks are prepared once and whose lists of
+            items already seen cost their own length.  A subtree without an item that may be
+            returned is never entered, so this is the search of the catalogue without those items.
 
     Returns:
         :class:`BeamResult`.  With ``width`` at least the largest level, every item in order of its
@@ -135,9 +170,8 @@ def beam_search(
     >>> found.items.tolist()
     [[1, 2]]
     """
-    paths = _Paths(trie, width, users)
+    paths = _Paths(trie, width, users, forbidden)
     scores = torch.zeros(users, 1, device=trie.device)
-    blocked = None if forbidden is None else trie.forbidden_nodes(forbidden)
     for level in range(trie.levels):
         logits = paths.logits(step_fn, level)
         scores, parent, token, nodes = trie_beam_step(
@@ -149,10 +183,10 @@ def beam_search(
             width,
             softmax=softmax,
             temperature=temperature,
-            forbidden=None if blocked is None else blocked[level],
+            forbidden=paths.forbidden,
         )
         paths.follow(level, parent, token, nodes)
-    return BeamResult(trie.first_items(paths.nodes), paths.codes, scores, paths.nodes)
+    return BeamResult(paths.items(), paths.codes, scores, paths.nodes)
 
 
 @torch.no_grad()
@@ -165,7 +199,7 @@ def sample_items(
     seed: int,
     softmax: str = "children",
     temperature: float = 1.0,
-    forbidden: Tensor | None = None,
+    forbidden: Tensor | ItemFilter | None = None,
 ) -> SampleResult:
     """Draws items without replacement from a model's constrained policy; one model call a level.
 
@@ -185,7 +219,8 @@ def sample_items(
             ``"children"``, as the draws are, the ``"level"``'s columns or the whole ``"vocab"``,
             for a policy that is trained without the trie as its support.
         temperature: positive; logits are divided by it.
-        forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items that may not be drawn.
+        forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items that may not be drawn;
+            or a ``trie.filter(...)``.
 
     Returns:
         :class:`SampleResult`.
@@ -204,11 +239,10 @@ def sample_items(
     """
     if softmax not in ("children", "level", "vocab"):
         raise ValueError(f'softmax must be "children", "level" or "vocab", got {softmax!r}')
-    paths = _Paths(trie, width, users)
+    paths = _Paths(trie, width, users, forbidden)
     scores = torch.zeros(users, 1, device=trie.device)
     perturbed: Tensor | None = None
     token_scores = torch.empty(users, 1, 0, device=trie.device)
-    blocked = None if forbidden is None else trie.forbidden_nodes(forbidden)
     for level in range(trie.levels):
         logits = paths.logits(step_fn, level)
         before = scores
@@ -222,7 +256,7 @@ def sample_items(
             width,
             seed=seed,
             temperature=temperature,
-            forbidden=None if blocked is None else blocked[level],
+            forbidden=paths.forbidden,
         )
         dead = nodes < 0
         parent = parent.clamp(min=0)
@@ -251,7 +285,7 @@ def sample_items(
     token_scores = token_scores.masked_fill(dead.unsqueeze(-1), 0)
     assert perturbed is not None  # a trie has at least one level
     return SampleResult(
-        trie.first_items(paths.nodes),
+        paths.items(),
         paths.codes,
         token_scores.sum(-1).masked_fill(dead, -torch.inf),
         token_scores,

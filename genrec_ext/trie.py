@@ -2,15 +2,19 @@
 
 A level is two arrays in breadth-first order: ``first_child`` and ``labels``.  Children of a node
 are contiguous and sorted, so a child's position is its node id and no pointers are stored.
+
+Which items are available is a bit an item and a bit a node, beside those arrays: see
+csrc/trie/edit.h.  A trie is never changed; an edit makes another that shares what it can.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +23,9 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 from .data.readers import read_index
 from .tensor_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .filters import ItemFilter, ItemMasks
 
 FORMAT, VERSION = "genrec.trie", 1
 """What the files of :meth:`Trie.save` are called."""
@@ -123,11 +130,45 @@ def check_arrays(arrays: Mapping[str, np.ndarray], begins: list[int], ends: list
     require((items[places] > items[places - 1]).all(), "items must be ascending at each leaf")
 
 
+def words_of(bits: int) -> int:
+    """How many int32 hold so many bits."""
+    return (bits + 31) // 32
+
+
+def bits_set(bits: Tensor, places: Tensor) -> Tensor:
+    """Whether each bit is set: bool of the shape of ``places``; ``bits`` int32 in one row."""
+    return (bits[places >> 5] >> (places & 31).int()) & 1 != 0
+
+
+def threads_for(work: int) -> int:
+    """How many threads are worth starting for work on so many items."""
+    return min(torch.get_num_threads(), 1 + work // 2**14)
+
+
+class _Derived:
+    """What is worked out from a trie's arrays when it is first asked for, and kept.
+
+    Shared by all versions with the same arrays.  Two threads that ask at once both work it out, to
+    the same result.
+    """
+
+    def __init__(self) -> None:
+        self.place_of: np.ndarray | None = None
+        self.largest_run: int | None = None
+
+
 class Trie:
     """Which token sequences are items, and which items they are.
 
     Build with :meth:`from_items`.  Nodes are numbered within their level; the root is node 0 of
     level 0, and the nodes of level ``levels`` are the leaves.  Labels are columns of the logits.
+
+    A trie does not change.  :meth:`removing`, :meth:`restoring`, :meth:`with_availability` and
+    :meth:`adding` make a new version; ``LiveTrie`` holds the present one of a catalogue that
+    changes while it is decoded from.  An unavailable item keeps its index, path and nodes: what
+    describes the tree (:meth:`num_nodes`, :meth:`first_child`, :meth:`labels`, :meth:`child`,
+    :meth:`nodes_of`, :meth:`support`) is the same for all versions with the same items, and what
+    answers with items gives available ones only.
 
     >>> trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
     >>> trie.num_items, [trie.num_nodes(level) for level in range(3)]
@@ -157,6 +198,12 @@ class Trie:
         self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
         self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
         self.item_ids = item_ids
+        # Closed bits, levels + 1 rows as in csrc/trie/edit.h; None where every item is available.
+        self._bits: list[Tensor] | None = None
+        self._unavailable = 0
+        self._derived = _Derived()
+        # The same trie on the CPU, where edits are made; itself there.
+        self._host: Trie | None = None
 
     @classmethod
     def from_items(
@@ -195,22 +242,36 @@ class Trie:
             array = np.minimum(array, np.uint64(2**63 - 1))
         if array.dtype != np.int32:
             array = array.astype(np.int64, copy=False)
-        # A thread is worth starting for about this many items.
-        threads = min(torch.get_num_threads(), 1 + N // 2**14)
         first_child, columns, items, repeats = _C.build_trie(
             np.ascontiguousarray(array),
             offsets,
             [end - offset for offset, end in zip(offsets, ends)],
-            threads,
+            threads_for(N),
         )
+        arrays = (first_child, columns, items, repeats)
+        return cls._of(
+            arrays, level_offsets, level_sizes, None if item_ids is None else list(item_ids)
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        arrays: tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray],
+        level_offsets: Sequence[int] | None,
+        level_sizes: Sequence[int] | None,
+        item_ids: list[Any] | None,
+    ) -> Trie:
+        """A trie of the builder's arrays."""
+        first_child, *rest = arrays
+        columns, items, repeats = (torch.from_numpy(part) for part in rest)
         return cls(
             [torch.from_numpy(part) for part in first_child],
-            torch.from_numpy(columns),
-            torch.from_numpy(items),
-            torch.from_numpy(repeats),
+            columns,
+            items,
+            repeats,
             level_offsets,
             level_sizes,
-            None if item_ids is None else list(item_ids),
+            item_ids,
         )
 
     @classmethod
@@ -246,7 +307,7 @@ class Trie:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the trie to a safetensors file, for :meth:`load`.
+        """Writes the trie to a safetensors file, for :meth:`load`, with what is available.
 
         The file replaces an older one at once: a reader finds the old or the new, never a part.
 
@@ -259,6 +320,8 @@ class Trie:
         """
         arrays = {f"first_child.{level}": part for level, part in enumerate(self._first_child)}
         arrays |= {"labels": self._columns, "items": self._items, "repeats": self._repeats}
+        if self._bits is not None:  # the nodes' bits follow from the items'
+            arrays["unavailable"] = self._bits[-1]
         tensors = {name: part.cpu().numpy() for name, part in arrays.items()}
         tensors |= _packed_ids(self.item_ids)
         metadata = {
@@ -305,11 +368,17 @@ class Trie:
                 for name in ("level_offsets", "level_sizes")
             )
             check_arrays(arrays, *column_bounds(levels, offsets, sizes))
+            unavailable = tensors.pop("unavailable", None)
+            if unavailable is not None:
+                _check_bits("unavailable", unavailable, len(arrays["items"]))
             item_ids = _unpacked_ids(tensors, len(arrays["items"]))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
         *first_child, columns, items, repeats = (torch.from_numpy(arrays[x]) for x in names)
-        return cls(first_child, columns, items, repeats, offsets, sizes, item_ids)
+        trie = cls(first_child, columns, items, repeats, offsets, sizes, item_ids)
+        if unavailable is None:
+            return trie
+        return trie._closing(np.ones(trie.num_items, dtype=bool), unavailable)
 
     @property
     def levels(self) -> int:
@@ -318,7 +387,13 @@ class Trie:
 
     @property
     def num_items(self) -> int:
+        """Items of the catalogue, available or not; an item's index lies below it."""
         return len(self._items)
+
+    @property
+    def num_available(self) -> int:
+        """Items that may be found."""
+        return self.num_items - self._unavailable
 
     @property
     def device(self) -> torch.device:
@@ -447,21 +522,57 @@ class Trie:
         return torch.where(found, low, -1)
 
     def items_of(self, leaf: int) -> Tensor:
-        """All items at a leaf, ascending, as indices into the codes the trie was built from."""
+        """The available items at a leaf, ascending, as indices into the codes the trie was built
+        from; without what was taken away, all of them."""
         if not 0 <= leaf < self.num_nodes(self.levels):
             raise IndexError(f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}")
         at = self._repeats.new_tensor(leaf)
         begin = leaf + int(torch.searchsorted(self._repeats, at))
         end = leaf + 1 + int(torch.searchsorted(self._repeats, at, right=True))
-        return self._items[begin:end].long()
+        items = self._items[begin:end].long()
+        if self._bits is None:
+            return items
+        return items[~bits_set(self._bits[-1], torch.arange(begin, end, device=self.device))]
 
     def first_items(self, leaves: Tensor) -> Tensor:
-        """The first item of each leaf, -1 for -1; same shape as ``leaves``."""
+        """The first available item of each leaf, same shape as ``leaves``; -1 for -1 and for a leaf
+        that has none."""
+        bits = None if self._bits is None else self._bits[-1]
+        return self._first_open(leaves, None if bits is None else lambda at: bits_set(bits, at))
+
+    def _first_open(self, leaves: Tensor, closed: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """The first item of each leaf at a place that is not closed.
+
+        Args:
+            closed: bool for places ``[*leaves.shape, C]``, which lie in [0, num_items).
+        """
         if not self.num_items:
             return torch.full_like(leaves, -1)
         live = leaves.clamp(min=0)
-        first = self._items[self._items_begin(live)].to(leaves.dtype)
-        return torch.where(leaves < 0, -1, first)
+        begin = self._items_begin(live)
+        if closed is None:
+            return torch.where(leaves < 0, -1, self._items[begin].to(leaves.dtype))
+        found = torch.full_like(leaves, -1)
+        end, largest = self._items_begin(live + 1), self._largest_run()
+        # A fixed number of rounds, so that nothing waits for a device.
+        for start in range(0, largest, 32):
+            steps = torch.arange(start, min(start + 32, largest), device=leaves.device)
+            places = begin.unsqueeze(-1) + steps
+            inside = places < end.unsqueeze(-1)
+            places = places.clamp(max=self.num_items - 1)
+            opened = inside & ~closed(places)
+            place = places.gather(-1, opened.int().argmax(-1, keepdim=True)).squeeze(-1)
+            item = self._items[place].to(leaves.dtype)
+            found = torch.where((found < 0) & opened.any(-1), item, found)
+        return torch.where(leaves < 0, -1, found)
+
+    def _largest_run(self) -> int:
+        """How many items the fullest leaf has."""
+        derived = self._on_host()._derived
+        if derived.largest_run is None:
+            _, more = self._on_host()._repeats.unique_consecutive(return_counts=True)
+            derived.largest_run = 1 + int(more.max()) if len(more) else min(self.num_items, 1)
+        return derived.largest_run
 
     def _items_begin(self, leaves: Tensor) -> Tensor:
         """Where the items of each leaf begin; for the number of leaves, where all end."""
@@ -470,7 +581,7 @@ class Trie:
         return leaves + torch.searchsorted(self._repeats, leaves.int())
 
     def forbidden_nodes(self, items: Tensor) -> list[Tensor]:
-        """Which nodes lead to forbidden items only.
+        """Which nodes lead to forbidden or unavailable items only.
 
         Args:
             items: bool ``[num_items]`` or ``[U, num_items]``, True for a forbidden item.
@@ -484,7 +595,11 @@ class Trie:
         if items.shape[-1] != self.num_items:
             raise ValueError(f"forbidden must cover {self.num_items} items, got {items.shape[-1]}")
         # Leaves in trie order hold runs of items, and nodes hold runs of leaves.
-        counts = items[..., self._items].long().cumsum(-1)
+        off = items[..., self._items]
+        if self._bits is not None:
+            places = torch.arange(self.num_items, device=self.device)
+            off = off | bits_set(self._bits[-1], places)
+        counts = off.long().cumsum(-1)
         counts = torch.nn.functional.pad(counts, (1, 0))
         bounds = self._items_begin(
             torch.arange(self.num_nodes(self.levels) + 1, device=self.device)
@@ -496,9 +611,210 @@ class Trie:
             bounds = bounds[self._first_child[level].long()]
         return result[::-1]
 
+    def closed(self, level: int) -> Tensor | None:
+        """Which nodes of level + 1 lead to unavailable items only, a bit each.
+
+        Returns:
+            ``[1, ceil(num_nodes(level + 1) / 32)]`` int32, bit ``n % 32`` of word ``n // 32`` for
+            node n; None where every item is available.
+        """
+        self._checked(level)
+        return None if self._bits is None else self._bits[level].unsqueeze(0)
+
+    def availability(self) -> Tensor:
+        """bool ``[num_items]``, True for an item that may be found; by index."""
+        available = torch.ones(self.num_items, dtype=torch.bool, device=self.device)
+        if self._bits is not None:
+            places = torch.arange(self.num_items, device=self.device)
+            available[self._items.long()] = ~bits_set(self._bits[-1], places)
+        return available
+
+    def with_availability(self, mask: Tensor | np.ndarray | Sequence[bool]) -> Trie:
+        """The catalogue of which only some items are available, whatever was before.
+
+        One pass over the items; :meth:`removing` and :meth:`restoring` take time for what changes.
+
+        Args:
+            mask: bool ``[num_items]``, True for an available item.
+
+        Returns:
+            A trie that shares this one's arrays.
+
+        Raises:
+            ValueError: mask is not bool or has another shape.
+
+        >>> trie = Trie.from_items([[0, 1], [0, 2], [3, 1]]).with_availability([True, False, False])
+        >>> trie.num_items, trie.num_available, trie.items_of(0).tolist(), trie.items_of(1).tolist()
+        (3, 1, [0], [])
+        """
+        return self._follow(self._on_host()._closing(bool_mask("mask", mask, (self.num_items,))))
+
+    def removing(self, items: Tensor | np.ndarray | Sequence[int]) -> Trie:
+        """The catalogue without some items; those that are unavailable already may be among them.
+
+        Takes time for the items and the nodes above them, and a copy of the bits.  The first call
+        for a catalogue also notes each item's place, 4 bytes an item on the CPU, for all versions
+        with the same items.
+
+        Args:
+            items: ``[K]`` integers, indices of items.
+
+        Returns:
+            A trie that shares this one's arrays.
+
+        Raises:
+            ValueError: items are not integers in one dimension.
+            IndexError: an item is out of range; names it.
+
+        >>> trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+        >>> trie.removing([0, 2]).restoring([0]).availability().tolist()
+        [True, True, False]
+        """
+        return self._follow(self._on_host()._setting(items, True))
+
+    def restoring(self, items: Tensor | np.ndarray | Sequence[int]) -> Trie:
+        """The inverse of :meth:`removing`: the same arguments, errors and cost."""
+        return self._follow(self._on_host()._setting(items, False))
+
+    def adding(
+        self,
+        codes: Tensor | np.ndarray | Sequence[Sequence[int]],
+        item_ids: Sequence[Any] | None = None,
+    ) -> Trie:
+        """The catalogue with further items, which are available.
+
+        Equal, array for array, to :meth:`from_items` of all codes, in the time of a copy: only the
+        new codes are sorted.  Indices of items stay; nodes and leaves are numbered anew, so nodes
+        of one version mean nothing to another.
+
+        Args:
+            codes: ``[K, levels]`` integers, as in :meth:`from_items`; the new items are
+                ``num_items``, ``num_items + 1`` and so on.
+            item_ids: their K names, where the trie has names.
+
+        Raises:
+            ValueError: wrong shapes, a code out of its level's columns, or names for a catalogue
+                without (or none for one with them).
+
+        >>> trie = Trie.from_items([[0, 1], [3, 1]]).adding([[3, 0], [0, 1]])
+        >>> trie.num_items, trie.labels(1).tolist(), trie.items_of(0).tolist()
+        (4, [1, 0, 1], [0, 3])
+        """
+        array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+        if array.ndim != 2 or array.shape[1] != self.levels:
+            raise ValueError(f"codes must have shape [K, {self.levels}], got {list(array.shape)}")
+        more = Trie.from_items(array, item_ids, self.level_offsets, self.level_sizes)
+        if self.num_items and more.num_items and (item_ids is None) != (self.item_ids is None):
+            have = "no names" if self.item_ids is None else "names"
+            raise ValueError(
+                f"item_ids must be given if and only if the catalogue has them; it has {have}"
+            )
+        if not more.num_items:
+            return self
+        host = self._on_host()
+        bits = None if host._bits is None else [row.numpy() for row in host._bits]
+        arrays, carried = _C.merge_tries(
+            host._arrays(),
+            more._arrays(),
+            bits,
+            threads_for(self.num_items + more.num_items),
+        )
+        item_ids = more.item_ids if not self.item_ids else self.item_ids + (more.item_ids or [])
+        result = Trie._of(arrays, self.level_offsets, self.level_sizes, item_ids)
+        if carried is not None:
+            result._bits = [torch.from_numpy(row) for row in carried]
+            result._unavailable = self._unavailable
+        return result.to(self.device)
+
+    def masks(self, allowed: Tensor | np.ndarray | Sequence[Any]) -> ItemMasks:
+        """Masks that many users share, prepared once: see ``ItemMasks``."""
+        from .filters import ItemMasks
+
+        return ItemMasks(self, allowed)
+
+    def filter(
+        self,
+        allowed: Tensor | np.ndarray | ItemMasks | None = None,
+        row: Tensor | np.ndarray | Sequence[int] | None = None,
+        seen: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
+    ) -> ItemFilter:
+        """What a request may not return: see ``ItemFilter``."""
+        from .filters import ItemFilter
+
+        return ItemFilter(self, allowed, row, seen)
+
+    def _arrays(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays as _C takes them; on the CPU."""
+        first_child = [part.numpy() for part in self._first_child]
+        return first_child, self._columns.numpy(), self._items.numpy(), self._repeats.numpy()
+
+    def _on_host(self) -> Trie:
+        if self.device.type == "cpu":
+            return self
+        if self._host is None:
+            self._host = self.to("cpu")
+        return self._host
+
+    def _place_of(self) -> np.ndarray:
+        """Where each item stands in leaf order, ``[num_items]`` int32; on the CPU."""
+        derived = self._derived
+        if derived.place_of is None:
+            derived.place_of = _C.place_items(self._items.numpy(), threads_for(self.num_items))
+        return derived.place_of
+
+    def _new_bits(self, rows: int | None = None) -> list[np.ndarray]:
+        """Memory for closed bits; with ``rows``, for so many of them."""
+        sizes = [*(self.num_nodes(level + 1) for level in range(self.levels)), self.num_items]
+        shape = () if rows is None else (rows,)
+        return [np.zeros((*shape, words_of(size)), dtype=np.int32) for size in sizes]
+
+    def _closing(self, allowed: np.ndarray, also: np.ndarray | None = None) -> Trie:
+        """This trie with just the items that ``allowed`` says by index and ``also`` does not close
+        by place."""
+        bits = self._new_bits()
+        count = _C.close_items(self._arrays(), allowed, also, bits, threads_for(self.num_items))
+        return self._with_bits(bits, count)
+
+    def _setting(self, items: Tensor | np.ndarray | Sequence[int], closed: bool) -> Trie:
+        indices = item_indices("items", items, self.num_items)
+        bits = (
+            self._new_bits() if self._bits is None else [row.numpy().copy() for row in self._bits]
+        )
+        places = self._place_of()[indices].astype(np.int64)
+        count = _C.set_places(self._arrays(), places, closed, bits)
+        if not count:
+            return self
+        return self._with_bits(bits, self._unavailable + (count if closed else -count))
+
+    def _with_bits(self, bits: list[np.ndarray], unavailable: int) -> Trie:
+        result = copy.copy(self)
+        result._bits = [torch.from_numpy(row) for row in bits] if unavailable else None
+        result._unavailable = unavailable
+        return result
+
+    def _follow(self, host: Trie) -> Trie:
+        """A version of this trie's arrays, made on the CPU, where this one is."""
+        if self.device.type == "cpu":
+            return host
+        result = copy.copy(self)
+        result._host = host
+        result._unavailable = host._unavailable
+        bits = host._bits
+        result._bits = None if bits is None else [row.to(self.device) for row in bits]
+        return result
+
     def to(self, device: torch.device | str) -> Trie:
-        """The same trie on another device."""
-        return Trie(
+        """The same trie on another device.
+
+        It remembers the one on the CPU, on which its edits are made: versions on a device share
+        what is there, and an edit sends bits alone.
+        """
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device.type == "cpu" and self._host is not None:
+            return self._host
+        result = Trie(
             [part.to(device) for part in self._first_child],
             self._columns.to(device),
             self._items.to(device),
@@ -507,14 +823,24 @@ class Trie:
             self.level_sizes,
             self.item_ids,
         )
+        result._unavailable = self._unavailable
+        if self._bits is not None:
+            result._bits = [row.to(device) for row in self._bits]
+        if device.type != "cpu":
+            result._host = self._on_host()
+        return result
 
     def memory_bytes(self) -> int:
-        """Bytes of all arrays; the names of items are not counted."""
-        parts = [*self._first_child, self._columns, self._items, self._repeats]
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes of all arrays; of availability's bits and, once an edit has noted them on the CPU,
+        of the items' places too.  The names of items are not counted."""
+        parts = [*self._first_child, self._columns, self._items, self._repeats, *(self._bits or ())]
+        noted = self._derived.place_of
+        total = sum(part.numel() * part.element_size() for part in parts)
+        return total + (0 if noted is None else noted.nbytes)
 
     def report(self) -> dict[str, Any]:
-        """Items, nodes and branching by level, and how many items share their path.
+        """Items, how many are available, nodes and branching by level, and how many items share
+        their path, available or not.
 
         >>> report = Trie.from_items([[0, 1], [0, 1], [3, 1]]).report()
         >>> report["colliding_items"], report["largest_collision"]
@@ -524,13 +850,69 @@ class Trie:
         nodes = [self.num_nodes(level) for level in range(self.levels + 1)]
         return {
             "items": self.num_items,
+            "available": self.num_available,
             "levels": self.levels,
             "nodes": nodes,
             "branching": [nodes[level + 1] / max(nodes[level], 1) for level in range(self.levels)],
             "colliding_items": len(self._repeats) + len(more),
-            "largest_collision": 1 + int(more.max()) if len(more) else min(self.num_items, 1),
+            "largest_collision": self._largest_run(),
             "bytes": self.memory_bytes(),
         }
+
+
+def bool_mask(name: str, mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A bool array of just this shape, in memory order; else a ValueError that names it."""
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.size == 0 and array.shape == shape and not isinstance(mask, (Tensor, np.ndarray)):
+        array = array.astype(bool)  # an empty list has no type of its own
+    if array.dtype != np.bool_ or array.shape != shape:
+        raise ValueError(
+            f"{name} must be bool {list(shape)}, got {array.dtype} {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def integers(name: str, values: Any, dims: int) -> np.ndarray:
+    """An int64 array of so many dimensions, in memory order; else a ValueError that names it."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size == 0 and not isinstance(values, (Tensor, np.ndarray)):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu" or array.ndim != dims:
+        raise ValueError(
+            f"{name} must be integers in {dims} dimension{'s' if dims > 1 else ''}, got "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.uint64(2**63 - 1))
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def item_indices(name: str, values: Any, N: int) -> np.ndarray:
+    """Indices of items, ``[K]`` int64.
+
+    Raises:
+        ValueError: they are not integers in one dimension.
+        IndexError: one does not lie in [0, N); names it.
+    """
+    array = integers(name, values, 1)
+    outside = (array < 0) | (array >= N)
+    if outside.any():
+        at = int(outside.argmax())
+        raise IndexError(f"{name}[{at}] must lie in [0, {N}), got {array[at]}")
+    return array
+
+
+def _check_bits(name: str, array: np.ndarray, size: int) -> None:
+    """That a file's array is a row of so many bits, and those past the last are clear."""
+    if array.dtype != np.int32 or len(array) != words_of(size):
+        raise ValueError(
+            f"{name} must be int32 [{words_of(size)}], a bit for each of {size} items, got "
+            f"{array.dtype} [{len(array)}]"
+        )
+    if size % 32 and int(array.view(np.uint32)[-1]) >> (size % 32):
+        raise ValueError(f"{name} must have no bit past the {size} items")
+    if not array.any():
+        raise ValueError(f"{name} must have a bit; where every item is available it is left out")
 
 
 def _packed_ids(item_ids: list[Any] | None) -> dict[str, np.ndarray]:

@@ -211,6 +211,28 @@ def test_kernels_equal_their_definition(run, program, build, order, capability, 
     assert f"{trials} trials, 0 failures" in output
 
 
+# ---- decoding beside edits of the catalogue ----
+
+# Edits a run; CONTRIBUTING.md has the long form.
+LIVE_EDITS = int(os.environ.get("GENREC_LIVE_EDITS", "300"))
+
+
+@pytest.mark.parametrize("build", ORDERS)
+def test_each_decode_beside_a_writer_is_its_version_s_own(run, build):
+    for seed in (1, 2):
+        code, output = run("check_live", build, "forward", LIVE_EDITS, seed)
+        assert code == 0, output[-4000:]
+        edits, reads, failures = map(int, re.findall(r"(\d+) (?:edits|reads|failures)", output))
+        assert (edits, failures) == (LIVE_EDITS, 0) and reads >= edits - 1
+
+
+def test_an_edit_of_bits_that_readers_hold_is_reported(run):
+    for seed in (1, 2, 3):
+        code, output = run("check_live", "tsan", "forward", 300, seed, "in_place")
+        assert code != 0 and re.search(RACE["tsan"], output), output[-4000:]
+        assert "set_places" in output
+
+
 # ---- the operators over simulated kernels ----
 
 
@@ -265,8 +287,8 @@ def test_cpu_operators_under_the_sanitizers(simulator, tmp_path):
     if not all(map(os.path.isabs, preload)):
         pytest.skip("the sanitizers' libraries are not to be found beside the compiler")
     env = {**SANITIZERS, "LD_PRELOAD": ":".join(preload)}
-    files = ("test_policy.py", "test_trie.py")
-    assert suite(tmp_path, simulator / "sanitized" / "libgenrec_cpu.so", files, env) > 250
+    files = ("test_policy.py", "test_trie.py", "test_trie_file.py")
+    assert suite(tmp_path, simulator / "sanitized" / "libgenrec_cpu.so", files, env) > 320
 
 
 def test_a_launch_error_becomes_a_runtime_error(simulator, tmp_path):

@@ -482,7 +482,9 @@ def test_search_errors(ours):
         ours.beam_search(lambda *_: torch.zeros(1, 2), trie, 1, users=0)
     with pytest.raises(ValueError, match=r"step_fn must return logits \[U \* W, V\]"):
         ours.beam_search(lambda *_: torch.zeros(3, 2), trie, 1, users=1)
-    with pytest.raises(ValueError, match="forbidden must cover 1 items, got 2"):
+    with pytest.raises(
+        ValueError, match="forbidden must cover 1 items, for all users or each of 1, got"
+    ):
         ours.beam_search(
             lambda *_: torch.zeros(1, 2), trie, 1, users=1, forbidden=torch.zeros(2) > 0
         )

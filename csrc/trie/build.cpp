@@ -6,8 +6,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
+
+#include "trie/parallel.h"
 
 namespace genrec::trie {
 
@@ -17,24 +18,6 @@ constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
 constexpr int kDigitBits = 8;  // 256 places to write to stay within the first-level TLB
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int64_t kApart = 8;  // entries between the counters of two threads: a cache line
-
-// Runs f(part) for every part of [0, parts), each on a thread of its own.  f must
-// not throw.
-template <class F>
-void in_parallel(int64_t parts, const F& f) {
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<size_t>(parts));
-  int64_t part = 0;
-  try {
-    for (; part + 1 < parts; ++part) workers.emplace_back([&f, part] { f(part); });
-  } catch (...) {  // the system has no thread left: this one does the rest
-  }
-  for (; part < parts; ++part) f(part);
-  for (std::thread& worker : workers) worker.join();
-}
-
-// Where a part's share of [0, N) begins; N is below 2^31.
-int64_t share(int64_t N, int64_t part, int64_t parts) { return N * part / parts; }
 
 template <class T>
 [[noreturn]] void refuse(const T* codes, int64_t item, int64_t level, int64_t L, int64_t offset,

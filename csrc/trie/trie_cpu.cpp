@@ -152,7 +152,8 @@ struct Children {
   int64_t begin, end;
   bool dense;  // their columns follow one another
   UserFilter filter;
-  bool filtered;
+  bool listed;  // whether some are forbidden one by one
+  int64_t words;
 };
 
 // Whether the node is one of this level, and its children of the next.
@@ -173,15 +174,15 @@ void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
 }
 
 Children children_of(const StepArgs& a, const UserFilter& filter, int64_t node) {
-  Children c{a.labels, a.first_child[node], a.first_child[node + 1], false, filter, false};
+  Children c{a.labels, a.first_child[node],  a.first_child[node + 1], false, filter,
+             false,    a.filter.closed_words};
   const int64_t n = c.end - c.begin;
   c.dense = n > 0 && c.labels[c.begin] >= 0 && c.labels[c.end - 1] < a.V &&
             c.labels[c.end - 1] - int64_t{c.labels[c.begin]} == n - 1;
   // Most beams meet nothing that is taken.
   const int64_t at = first_not_before(filter.taken, filter.num_taken, c.begin);
   if (at == filter.num_taken || filter.taken[at] >= c.end) c.filter.num_taken = 0;
-  c.filtered =
-      c.filter.forbidden != nullptr || c.filter.closed != nullptr || c.filter.num_taken > 0;
+  c.listed = c.filter.forbidden != nullptr || c.filter.num_taken > 0;
   return c;
 }
 
@@ -213,7 +214,14 @@ GENREC_INLINE vfloat look_at(const StepArgs& a, const Children& c, const T* x, i
 
 // The lanes of the mask that may be entered.
 GENREC_INLINE uint32_t open_lanes(const Children& c, int64_t child, uint32_t mask) {
-  if (!c.filtered) return mask;
+  if (c.filter.closed != nullptr) {
+    const int64_t word = child >> 5;
+    uint64_t bits = static_cast<uint32_t>(c.filter.closed[word]);
+    if (word + 1 < c.words)
+      bits |= static_cast<uint64_t>(static_cast<uint32_t>(c.filter.closed[word + 1])) << 32;
+    mask &= ~static_cast<uint32_t>(bits >> (child & 31));
+  }
+  if (!c.listed) return mask;
   for (uint32_t left = mask; left != 0; left &= left - 1)
     if (!may_enter(c.filter, child + __builtin_ctz(left))) mask &= ~(left & -left);
   return mask;

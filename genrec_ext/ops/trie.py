@@ -13,7 +13,23 @@ from torch import Tensor
 from .policy import _integers, _one_device
 
 if TYPE_CHECKING:
+    from ..filters import ItemFilter
     from ..trie import Trie
+
+
+def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> dict[str, Any]:
+    """What a step may not enter, as the operators take it."""
+    if forbidden is None or isinstance(forbidden, Tensor):
+        return {"forbidden": forbidden, "closed": trie.closed(level)}
+    if forbidden.trie is not trie:
+        raise ValueError("forbidden must be a filter of this version of the trie")
+    closed = forbidden.closed[level]
+    return {
+        "closed": closed,
+        "closed_row": None if closed is None else forbidden.closed_row,
+        "taken": None if forbidden.taken is None else forbidden.taken[level],
+        "taken_begin": None if forbidden.taken_begin is None else forbidden.taken_begin[level],
+    }
 
 
 def trie_beam_step(
@@ -26,7 +42,7 @@ def trie_beam_step(
     *,
     softmax: str = "vocab",
     temperature: float = 1.0,
-    forbidden: Tensor | None = None,
+    forbidden: Tensor | ItemFilter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best ``width`` continuations of each user's beams, among the children of their nodes.
 
@@ -45,7 +61,9 @@ def trie_beam_step(
         width: beams to return for each user.
         softmax: what a row is normalised over.
         temperature: positive; logits are divided by it.
-        forbidden: bool over the nodes of level + 1, ``[n]`` or ``[U, n]``: True may not be entered.
+        forbidden: bool over the nodes of level + 1, ``[n]`` or ``[U, n]``, True for one that may
+            not be entered; or the ``trie.filter(...)`` of a request.  What the trie has not
+            available is never entered.
 
     Returns:
         ``(scores, parent, token, node)``, each ``[U, width]``, best first: float32 scores, the beam
@@ -73,7 +91,7 @@ def trie_beam_step(
         level_end=level_end,
         softmax=softmax,
         temperature=temperature,
-        forbidden=forbidden,
+        **_filter(trie, level, forbidden),
     )
 
 
@@ -88,7 +106,7 @@ def trie_sample_step(
     *,
     seed: int,
     temperature: float = 1.0,
-    forbidden: Tensor | None = None,
+    forbidden: Tensor | ItemFilter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of sampling without replacement: :func:`trie_beam_step` with Gumbel noise.
 
@@ -109,7 +127,9 @@ def trie_sample_step(
         seed: integer of 64 bits.  A node's noise depends on (seed, user, level, node) alone, user
             being the row of ``nodes``; it is the same on every device.
         temperature: positive; logits are divided by it.
-        forbidden: bool over the nodes of level + 1, ``[n]`` or ``[U, n]``: True may not be entered.
+        forbidden: bool over the nodes of level + 1, ``[n]`` or ``[U, n]``, True for one that may
+            not be entered; or the ``trie.filter(...)`` of a request.  What the trie has not
+            available is never entered.
 
     Returns:
         ``(scores, perturbed, parent, token, node)``, each ``[U, width]``, in descending order of
@@ -135,7 +155,7 @@ def trie_sample_step(
         level=level,
         seed=_signed(seed),
         temperature=temperature,
-        forbidden=forbidden,
+        **_filter(trie, level, forbidden),
     )
 
 
