@@ -3,6 +3,7 @@ exact probabilities of small catalogues."""
 
 import itertools
 import math
+import os
 import random
 
 import pytest
@@ -38,6 +39,9 @@ def test_noise_is_a_standard_gumbel_variable():
 
 # ---- one step ----
 
+# Simulated kernels are slow, and have random cases of their own.
+SEEDS = 4 if os.environ.get("GENREC_SIMULATED") else 40
+
 
 def step_case(seed):
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -58,7 +62,7 @@ def step_case(seed):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_step_equals_definition(ours, dtype):
     compared = 0
-    for seed in range(40):
+    for seed in range(SEEDS):
         trie, level, nodes, logits, scores, perturbed, forbidden = step_case(seed)
         logits = logits.to(dtype)
         for width, before in itertools.product((1, 5, 40), (None, perturbed)):
@@ -74,7 +78,7 @@ def test_step_equals_definition(ours, dtype):
             assert torch.allclose(got[0].double(), want[0], atol=4e-6)
             assert torch.allclose(got[1].double(), want[1], atol=2e-4)
             compared += int((want[4] >= 0).sum())
-    assert compared > 500
+    assert compared > 10 * SEEDS
 
 
 def test_the_largest_child_keeps_its_parents_noise(ours):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 
 import numpy as np
@@ -185,6 +186,9 @@ def test_trie_errors_name_the_index():
 
 # ---- one step ----
 
+# Simulated kernels are slow, and have random cases of their own.
+SEEDS = 4 if os.environ.get("GENREC_SIMULATED") else 60
+
 
 def step_case(seed, users=3, width=4, V=12, L=3, ties=False, dtype=torch.float32):
     """A trie, its level, live and dead beams, and logits; with `ties` all of equal fractions."""
@@ -211,7 +215,7 @@ def step_case(seed, users=3, width=4, V=12, L=3, ties=False, dtype=torch.float32
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_step_equals_definition(ours, softmax, ties, dtype):
     compared = 0
-    for seed in range(60):
+    for seed in range(SEEDS):
         trie, level, nodes, logits, scores = step_case(seed, ties=ties, dtype=dtype)
         forbidden = torch.rand(3, trie.num_nodes(level + 1)) < 0.2 if seed % 3 == 0 else None
         for width in (1, 4, 30):
@@ -223,7 +227,7 @@ def test_step_equals_definition(ours, softmax, ties, dtype):
             for have, expected in zip(got[1:], want[1:]):
                 assert have.equal(expected)
             compared += int((want[3] >= 0).sum())
-    assert compared > 500
+    assert compared > 8 * SEEDS
 
 
 def test_wide_fan_out_keeps_the_exact_best(ours):
@@ -498,6 +502,7 @@ def test_empty_catalogue_finds_nothing(ours):
     assert found.items.tolist() == [[-1, -1, -1]]
 
 
+@pytest.mark.checks_indices
 def test_labels_that_do_not_ascend_cannot_reach_outside():
     first = torch.tensor([0, 3], dtype=torch.int32)
     for bad in (2**31 - 1, -(2**31)):

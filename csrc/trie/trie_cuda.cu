@@ -20,7 +20,7 @@ namespace {
 
 using namespace genrec::cuda;
 
-constexpr int kStepThreads = 512;
+constexpr int kStepThreads = 256;
 constexpr int kWarps = kStepThreads / kWarp;
 constexpr int kBins = 2048;
 constexpr int kBinsAThread = kBins / kStepThreads;
@@ -385,7 +385,7 @@ __device__ __forceinline__ void sort_winners(Winner* list, int64_t n) {
 constexpr int64_t kSharedList = 1024;
 
 template <class T, bool kSampling>
-__global__ void __launch_bounds__(kStepThreads, kSampling ? 1 : 2)
+__global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
     step_users(StepArgs a, Plan plan) {
   GENREC_SHARED(uint32_t, bins, kBins);
   GENREC_SHARED(Winner, sorted, kSharedList);
