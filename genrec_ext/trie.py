@@ -381,6 +381,11 @@ class Trie:
         return trie._closing(np.ones(trie.num_items, dtype=bool), unavailable)
 
     @property
+    def version(self) -> Trie:
+        """The version of the catalogue that filters are made for: this trie itself."""
+        return self
+
+    @property
     def levels(self) -> int:
         """Tokens an item."""
         return len(self._labels)

@@ -334,16 +334,20 @@ def test_two_threads_may_share_a_model():
     assert not wrong
 
 
+@pytest.mark.parametrize("softmax", ("vocab", "level"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forbidden_items_are_not_returned(family):
+def test_forbidden_items_are_not_returned(family, softmax):
     model, trie, given = tiny(family), catalogue(9, N=30, L=3, K=4), prompts(9)
-    free = by_us(model, given, trie, 4)
+    free = by_us(model, given, trie, 4, sid_softmax=softmax)
     off = torch.zeros(3, trie.num_items, dtype=torch.bool)
     for user in range(3):
         off[user, trie.items_of(int(free.leaves[user, 0]))] = True
-    got = by_us(model, given, trie, 4, sid_forbidden=off)
-    want = without_cache(model, given, trie, 4, forbidden=off)
+    got = by_us(model, given, trie, 4, sid_softmax=softmax, sid_forbidden=off)
+    want = without_cache(model, given, trie, 4, softmax=softmax, forbidden=off)
     assert got.items.tolist() == want.items.tolist()
+    lists = trie.filter(~off, row=range(3))
+    again = by_us(model, given, trie, 4, sid_softmax=softmax, sid_forbidden=lists)
+    assert again.items.equal(got.items)
     assert (got.items[:, 0] != free.items[:, 0]).all()
 
 

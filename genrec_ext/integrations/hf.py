@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..decode import BeamResult, StepFn, beam_search
+from ..filters import ItemFilter
 from ..trie import Trie
 
 try:
@@ -47,7 +48,7 @@ class SidBeamOutput(ModelOutput):
     """``[U * W, prompt + L]`` int64 token ids."""
     sequences_scores: Tensor | None = None
     """``[U * W]`` float32: log-probability over ``L ** length_penalty``, as ``generate`` has it."""
-    items: Tensor | None = None
+    items: Tensor | None = None  # type: ignore[assignment, unused-ignore]  # ModelOutput is a dict too
     """``[U, W]`` int64: as in :class:`BeamResult`."""
     codes: Tensor | None = None
     """``[U, W, L]`` int64: as in :class:`BeamResult`."""
@@ -65,7 +66,7 @@ def sid_beam_search(
     sid_beams: int = 50,
     sid_softmax: str = "vocab",
     sid_temperature: float = 1.0,
-    sid_forbidden: Tensor | None = None,
+    sid_forbidden: Tensor | ItemFilter | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SidBeamOutput:
     """Beam search over a catalogue's items, as ``generate``'s ``custom_generate``.
@@ -96,7 +97,8 @@ def sid_beam_search(
             ``"level"`` or ``"children"``; see :func:`genrec_ext.trie_beam_step`.  With the last two
             only a level's rows of the model's head are computed.
         sid_temperature: logits are divided by it.
-        sid_forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items not to return.
+        sid_forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items not to return; or
+            a ``trie.filter(...)``.
 
     Returns:
         ``[U * W, P + L]`` int64 sequences, prompts included, best first for each user; with
@@ -200,7 +202,7 @@ def beam_search_hf(
     *,
     softmax: str = "vocab",
     temperature: float = 1.0,
-    forbidden: Tensor | None = None,
+    forbidden: Tensor | ItemFilter | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     encoder_outputs: Any = None,

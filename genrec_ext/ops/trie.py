@@ -21,7 +21,7 @@ def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> di
     """What a step may not enter, as the operators take it."""
     if forbidden is None or isinstance(forbidden, Tensor):
         return {"forbidden": forbidden, "closed": trie.closed(level)}
-    if forbidden.trie is not trie:
+    if forbidden.trie is not trie.version:
         raise ValueError("forbidden must be a filter of this version of the trie")
     closed = forbidden.closed[level]
     return {
