@@ -112,8 +112,12 @@ def _run(arguments: argparse.Namespace) -> int:
         print(training.summary(training.train(config)))
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "evaluate":
-        figures = training.evaluate(arguments.run, data=arguments.data, device=arguments.device)
+        clock = training.DecodeClock()
+        figures = training.evaluate(
+            arguments.run, data=arguments.data, device=arguments.device, clock=clock
+        )
         print(json.dumps(figures, indent=2))
+        print(f"genrec: {clock}", file=sys.stderr)  # the figures alone can be read by a program
     else:
         found = training.recommend(
             arguments.run, arguments.history.split(","), arguments.k, unseen=arguments.unseen

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -310,8 +311,15 @@ def test_commands(data_file, tmp_path, capsys):
     assert cli.main([*arguments, "--stages", "sft", "--seed", "3"]) == 0
     assert "after sft" in capsys.readouterr().out
     assert cli.main(["evaluate", str(out), "--data", str(data_file)]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    figures = json.loads(said.out)
     assert figures == json.loads((out / "metrics.json").read_text())["test"]
+    times = re.search(
+        r"decoded ([\d,]+) users in (\S+) s, .* model (\S+) s, search under the trie (\S+) s",
+        said.err,
+    )
+    assert int(times[1].replace(",", "")) > 50
+    assert abs(float(times[2]) - float(times[3]) - float(times[4])) < 0.02
     assert cli.main(["recommend", str(out), "--history", "12,88,190", "-k", "4"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert cli.main(["recommend", str(out), "--history", "12", "-k", "2", "--json"]) == 0

@@ -5,12 +5,14 @@ line imports it.
 """
 
 from .config import TrainConfig
+from .evaluation import DecodeClock
 from .loop import summary, train
 from .rl import RLConfig, SageTrainer
 from .run import evaluate, recommend
 from .sft import SFTConfig, SFTTrainer
 
 __all__ = [
+    "DecodeClock",
     "RLConfig",
     "SFTConfig",
     "SFTTrainer",

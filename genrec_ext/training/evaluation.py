@@ -5,7 +5,9 @@ Reads models and data; writes nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,29 @@ USERS = 256
 """Users decoded together."""
 
 
+@dataclass
+class DecodeClock:
+    """How long decoding took: filled by :func:`decode`, over all its calls.
+
+    Attributes:
+        users: how many were decoded.
+        seconds: wall-clock time in all.
+        model_seconds: of these, in the model; the rest is the search under the trie.
+    """
+
+    users: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        each = 1e3 * self.seconds / max(1, self.users)
+        return (
+            f"decoded {self.users:,} users in {self.seconds:.2f} s, {each:.2f} ms each: model "
+            f"{self.model_seconds:.2f} s, search under the trie "
+            f"{self.seconds - self.model_seconds:.2f} s"
+        )
+
+
 @torch.no_grad()
 def decode(
     model: CompactRecommender,
@@ -34,21 +59,42 @@ def decode(
     histories: Sequence[np.ndarray],
     width: int,
     forbidden: torch.Tensor | None = None,
+    clock: DecodeClock | None = None,
 ) -> BeamResult:
     """Beam search for some users; dropout off, the model's mode as it was afterwards."""
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
+    times = DecodeClock() if clock is None else clock
+
+    def now() -> float:
+        if clock is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)  # only where somebody asks for the time
+        return time.perf_counter()
+
     try:
-        device = next(model.parameters()).device
+        start = now()
         state = model.encode(model.pad(histories).to(device))
-        return beam_search(
-            model.step_fn(state),
+        step_fn = model.step_fn(state)
+        times.model_seconds += now() - start
+
+        def timed(level: int, parent: Any, token: Any) -> torch.Tensor:
+            before = now()
+            logits = step_fn(level, parent, token)
+            times.model_seconds += now() - before
+            return logits
+
+        found = beam_search(
+            timed,
             trie,
             width,
             users=len(histories),
             softmax=model.softmax,
             forbidden=forbidden,
         )
+        times.users += len(histories)
+        times.seconds += now() - start
+        return found
     finally:
         model.train(was_training)
 
@@ -59,15 +105,20 @@ def rank(
     histories: Sequence[np.ndarray],
     k: int = 10,
     width: int = WIDTH,
+    clock: DecodeClock | None = None,
 ) -> np.ndarray:
     """The best k items of each history among the whole catalogue, int64 ``[U, k]``, best first.
 
     Items of the history may be recommended again.  Of items that share a semantic ID, the first
     stands for all; the figures give credit accordingly.  -1 where the catalogue has fewer items.
+    ``clock`` is told how long it took.
     """
     width = max(k, width)
     rows = [
-        decode(model, trie, histories[start : start + USERS], width).items[:, :k].cpu().numpy()
+        decode(model, trie, histories[start : start + USERS], width, clock=clock)
+        .items[:, :k]
+        .cpu()
+        .numpy()
         for start in range(0, len(histories), USERS)
     ]
     return np.concatenate(rows)

@@ -77,7 +77,11 @@ def open_data(path: str | Path | None, index: str | None, seed: int) -> Interact
 
 
 def evaluate(
-    folder: str | Path, *, data: str | Path | None = None, device: str = "cpu"
+    folder: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: str = "cpu",
+    clock: evaluation.DecodeClock | None = None,
 ) -> dict[str, Any]:
     """The test figures of a run, made again from its model and the data.
 
@@ -85,6 +89,7 @@ def evaluate(
         folder: the run folder.
         data: the run's data; default: where they were when it was trained.
         device: where to decode.
+        clock: is told how long decoding took.
 
     Returns:
         The same dict as ``metrics.json``'s ``test``, to the last digit on the same device.
@@ -101,7 +106,7 @@ def evaluate(
             f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
         )
     split = data_module.leave_one_out(found)
-    items = evaluation.rank(run.model, run.trie, split.test_histories())
+    items = evaluation.rank(run.model, run.trie, split.test_histories(), clock=clock)
     group = evaluation.collision_groups(run.model.codes.cpu().numpy())
     return evaluation.figures(items, split.test_targets, split, group)
 
