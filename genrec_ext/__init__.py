@@ -16,6 +16,7 @@ from .ops import (
     sage_loss,
     sage_loss_from_logps,
     token_logps,
+    trie_allowed,
     trie_beam_step,
     trie_sample_step,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "sage_loss_from_logps",
     "sample_items",
     "token_logps",
+    "trie_allowed",
     "trie_beam_step",
     "trie_sample_step",
 ]

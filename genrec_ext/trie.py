@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
-from .data.readers import read_index
+from .data.readers import read_index, read_parquet_codes
 from .tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -306,6 +306,35 @@ class Trie:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
+    @classmethod
+    def from_parquet(
+        cls,
+        path: str | os.PathLike[str],
+        codes: str | Sequence[str] = "codes",
+        item_id: str | None = None,
+        level_offsets: Sequence[int] | None = None,
+        level_sizes: Sequence[int] | None = None,
+    ) -> Trie:
+        """Builds the trie of a Parquet table, a row an item.
+
+        Args:
+            path: the file.
+            codes: the column of lists of L integers, or the names of L integer columns.
+            item_id: the column of names, kept as ``trie.item_ids``; None for none.
+            level_offsets, level_sizes: as in :meth:`from_items`.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is no Parquet table, a column is missing or holds something else,
+                or the codes do not fit; names the file.
+            ImportError: polars, of the ``[parquet]`` extra, is not installed.
+        """
+        array, item_ids = read_parquet_codes(os.fspath(path), codes, item_id)
+        try:
+            return cls.from_items(array, item_ids, level_offsets, level_sizes)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trie to a safetensors file, for :meth:`load`, with what is available.
 
@@ -318,11 +347,7 @@ class Trie:
             ValueError: ``item_ids`` are neither all strings nor all integers of 64 bits.
             OSError: the file cannot be written.
         """
-        arrays = {f"first_child.{level}": part for level, part in enumerate(self._first_child)}
-        arrays |= {"labels": self._columns, "items": self._items, "repeats": self._repeats}
-        if self._bits is not None:  # the nodes' bits follow from the items'
-            arrays["unavailable"] = self._bits[-1]
-        tensors = {name: part.cpu().numpy() for name, part in arrays.items()}
+        tensors = {name: part.cpu().numpy() for name, part in self.state.items()}
         tensors |= _packed_ids(self.item_ids)
         metadata = {
             "level_offsets": json.dumps(self.level_offsets),
@@ -525,6 +550,48 @@ class Trie:
             low, high = torch.where(less, middle + 1, low), torch.where(less, high, middle)
         found = (nodes == live) & (low < end) & (labels[low.clamp(max=len(labels) - 1)] == column)
         return torch.where(found, low, -1)
+
+    def allowed(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns that may follow each node, side by side, for code that must have a mask.
+
+        Args:
+            level: the nodes' level.
+            nodes: ``[N]`` integers, -1 for none.
+
+        Returns:
+            ``(columns [M] int64, offsets [N + 1] int64)``: node i's columns, ascending, are
+            ``columns[offsets[i] : offsets[i + 1]]``.  Columns that lead to unavailable items only
+            are left out.
+
+        Raises:
+            ValueError: nodes has another shape.
+            IndexError: a node is out of range; names it.
+
+        >>> trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+        >>> trie.allowed(1, torch.tensor([1, -1, 0]))
+        (tensor([1, 1, 2]), tensor([0, 1, 1, 3]))
+        """
+        if nodes.dim() != 1:
+            raise ValueError(f"nodes must have shape [N], got {list(nodes.shape)}")
+        outside = (nodes < -1) | (nodes >= self.num_nodes(level))
+        if outside.any():
+            at = int(outside.nonzero()[0])
+            raise IndexError(
+                f"nodes[{at}] must lie in [-1, {self.num_nodes(level)}), got {int(nodes[at])}"
+            )
+        first, labels = self.first_child(level), self.labels(level)
+        live = nodes.long().clamp(min=0)
+        begin = first[live].long()
+        fan = torch.where(nodes < 0, 0, first[live + 1].long() - begin)
+        row = torch.arange(len(nodes), device=nodes.device).repeat_interleave(fan)
+        offsets = torch.nn.functional.pad(fan.cumsum(0), (1, 0))
+        child = begin[row] + torch.arange(len(row), device=row.device) - offsets[row]
+        if self._bits is not None:
+            opened = ~bits_set(self._bits[level], child)
+            row, child = row[opened], child[opened]
+            fan = torch.bincount(row, minlength=len(nodes))
+            offsets = torch.nn.functional.pad(fan.cumsum(0), (1, 0))
+        return labels[child].long(), offsets
 
     def items_of(self, leaf: int) -> Tensor:
         """The available items at a leaf, ascending, as indices into the codes the trie was built
@@ -834,6 +901,18 @@ class Trie:
         if device.type != "cpu":
             result._host = self._on_host()
         return result
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The arrays by the names that :meth:`save` gives them, without copies: int32
+        ``first_child.0`` to ``first_child.{levels - 1}``, ``labels`` of all levels, ``items`` by
+        leaf, ``repeats`` (the leaf of each item that is not its leaf's first) and, where items are
+        unavailable, ``unavailable`` (a bit an item, in the order of ``items``)."""
+        arrays = {f"first_child.{level}": part for level, part in enumerate(self._first_child)}
+        arrays |= {"labels": self._columns, "items": self._items, "repeats": self._repeats}
+        if self._bits is not None:  # the nodes' bits follow from the items'
+            arrays["unavailable"] = self._bits[-1]
+        return arrays
 
     def memory_bytes(self) -> int:
         """Bytes of all arrays; of availability's bits and, once an edit has noted them on the CPU,

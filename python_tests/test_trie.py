@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from genrec_ext import _C, Trie, reference
+from genrec_ext import _C, Trie, reference, trie_allowed
 
 
 def random_codes(rng, N, L, K):
@@ -182,6 +182,60 @@ def test_trie_errors_name_the_index():
         trie.labels(2)
     with pytest.raises(IndexError, match=r"nodes\[0, 1\] must lie in \[-1, 1\), got 3"):
         trie.support(torch.tensor([[0, 3]]))
+
+
+def test_parquet_tables_of_both_forms(tmp_path):
+    polars = pytest.importorskip("polars")
+    codes = np.random.default_rng(0).integers(0, 9, (40, 3))
+    names = [f"item {i}" for i in range(40)]
+    want = Trie.from_items(codes, level_offsets=[0, 9, 18])
+    lists, columns = tmp_path / "lists.parquet", tmp_path / "columns.parquet"
+    polars.DataFrame({"codes": codes.tolist(), "id": names}).write_parquet(lists)
+    polars.DataFrame({f"c{i}": codes[:, i] for i in range(3)}).write_parquet(columns)
+    one = Trie.from_parquet(lists, item_id="id", level_offsets=[0, 9, 18])
+    two = Trie.from_parquet(columns, codes=["c0", "c1", "c2"], level_offsets=[0, 9, 18])
+    assert one.item_ids == names and two.item_ids is None
+    for trie in (one, two):
+        assert trie.state.keys() == want.state.keys()
+        assert all(trie.state[name].equal(part) for name, part in want.state.items())
+
+
+def test_parquet_errors_name_the_file_and_the_fault(tmp_path):
+    polars = pytest.importorskip("polars")
+    file = tmp_path / "items.parquet"
+
+    def refused(text, error=ValueError, **settings):
+        with pytest.raises(error, match=text):
+            Trie.from_parquet(file, **settings)
+
+    refused("items.parquet", FileNotFoundError)
+    file.write_bytes(b"not a table")
+    refused("items.parquet: ")
+    for cells, text in (
+        ([[1, 2], [1]], r"items.parquet: column 'codes' has lists of \[1, 2\] codes"),
+        ([[1.5, 2.0]], "items.parquet: codes must be integers, got float64"),
+        ([[1, None]], "items.parquet: column 'codes' has lists with empty cells"),
+        ([[1, 2], None], "items.parquet: column 'codes' has empty cells"),
+        ([[-1, 2]], r"items.parquet: codes\[0, 0\] must lie in"),
+        (["a", "b"], "items.parquet: "),
+    ):
+        polars.DataFrame({"codes": cells}).write_parquet(file)
+        refused(text)
+        refused(r"no column 'id'; the columns are codes", item_id="id")
+
+
+def test_allowed_columns_are_ragged_and_available():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]], level_offsets=[0, 4])
+    columns, offsets = trie_allowed(torch.tensor([1, -1, 0, 0]), trie, 1)
+    assert columns.tolist() == [5, 5, 6, 5, 6] and offsets.tolist() == [0, 1, 1, 3, 5]
+    columns, offsets = trie.removing([0, 2]).allowed(1, torch.tensor([1, -1, 0, 0]))
+    assert columns.tolist() == [6, 6] and offsets.tolist() == [0, 0, 0, 1, 2]
+    columns, offsets = trie.allowed(0, torch.zeros(0, dtype=torch.int64))
+    assert columns.tolist() == [] and offsets.tolist() == [0]
+    with pytest.raises(IndexError, match=r"nodes\[1\] must lie in \[-1, 2\), got 2"):
+        trie.allowed(1, torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"nodes must have shape \[N\], got \[1, 1\]"):
+        trie.allowed(1, torch.zeros(1, 1, dtype=torch.int64))
 
 
 # ---- one step ----

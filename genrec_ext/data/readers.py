@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +333,54 @@ def _assemble(
         np.array([internal[item] for item in items], dtype=np.int64) for items in users.values()
     ]
     return Interactions(name, sequences, list(users), order, codes, titles, texts)
+
+
+def read_parquet_codes(
+    path: str, codes: str | Sequence[str], item_id: str | None
+) -> tuple[np.ndarray, list[Any] | None]:
+    """The codes, and the names if asked for, of a Parquet table with a row an item.
+
+    Args:
+        path: the file.
+        codes: the column of lists, or the names of L columns.
+        item_id: the column of names, or None.
+
+    Returns:
+        ``(array [N, L], names)``; the array has the columns' own dtype.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is no Parquet table, or a column is missing, has empty cells, or lists
+            of several lengths; names the file.
+        ImportError: polars, of the ``[parquet]`` extra, is not installed.
+    """
+    try:
+        import polars
+    except ImportError as error:
+        raise ImportError("Parquet files need polars: pip install 'genrec-ext[parquet]'") from error
+    with open(path, "rb"):
+        pass  # what cannot be opened is an OSError, before anything is said of its form
+    wanted = [codes] if isinstance(codes, str) else list(codes)
+    names = [*wanted, *([] if item_id is None else [item_id])]
+    try:
+        held = polars.read_parquet_schema(path)
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise ValueError(f"no column {missing[0]!r}; the columns are {', '.join(held)}")
+        table = polars.read_parquet(path, columns=names)
+        for name in names:
+            if table[name].null_count():
+                raise ValueError(f"column {name!r} has empty cells")
+        ids = None if item_id is None else table[item_id].to_list()
+        if not isinstance(codes, str):
+            return np.stack([table[name].to_numpy() for name in wanted], 1), ids
+        lists = table[codes]
+        lengths = lists.list.len().unique().to_list() if len(lists) else [1]
+        if len(lengths) > 1:
+            raise ValueError(f"column {codes!r} has lists of {lengths} codes; all must match")
+        values = lists.list.explode()
+        if values.null_count() and lengths[0]:
+            raise ValueError(f"column {codes!r} has lists with empty cells")
+        return values.to_numpy()[: len(lists) * lengths[0]].reshape(len(lists), lengths[0]), ids
+    except (ValueError, polars.exceptions.PolarsError) as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -13,7 +13,7 @@ from .policy import (
     sage_loss_from_logps,
     token_logps,
 )
-from .trie import trie_beam_step, trie_sample_step
+from .trie import trie_allowed, trie_beam_step, trie_sample_step
 
 __all__ = [
     "SageConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",
+    "trie_allowed",
     "trie_beam_step",
     "trie_sample_step",
 ]

@@ -159,6 +159,20 @@ def trie_sample_step(
     )
 
 
+def trie_allowed(nodes: Tensor, trie: Trie, level: int) -> tuple[Tensor, Tensor]:
+    """The columns that may follow each node: ``trie.allowed(level, nodes)``.
+
+    Args:
+        nodes: ``[N]`` integers, nodes of ``level``; -1 for none.
+        trie: the catalogue.
+        level: the nodes' level, 0 at the root.
+
+    Returns:
+        ``(columns [M], offsets [N + 1])``, int64; see :meth:`Trie.allowed`.
+    """
+    return trie.allowed(level, nodes)
+
+
 def _signed(seed: int) -> int:
     """A seed's 64 bits as the signed integer that operators take."""
     if not -(2**63) <= seed < 2**64:
