@@ -201,6 +201,13 @@ def measure_support(shape, device, repeats) -> list[dict]:
         def gradient(x, run=run, **settings):
             return torch.autograd.grad(run(x, **settings), x)
 
+        def memory_alone(x=source, T=T):
+            """The dense gradient that ranges must return: mapped, and touched where it is not 0."""
+            blank = torch.ops.genrec.blank_like(x.detach())
+            for t, (start, end) in enumerate(levels(T)):
+                blank[:, t, start:end] = 1
+            return blank
+
         methods: Methods = {
             "all columns": lambda x=source, f=gradient: f(x),
             "ranges": lambda x=source, f=gradient, r=ranges: f(x, ranges=r),
@@ -208,6 +215,8 @@ def measure_support(shape, device, repeats) -> list[dict]:
             "ranges, forward": lambda x=source, f=run, r=ranges: f(x.detach(), ranges=r),
             "eager, all columns": lambda x=source, f=gradient: f(x, loss=reference.sage_loss),
         }
+        if device == "cpu":
+            methods["ranges, memory alone"] = memory_alone
         results.append(
             {
                 "shape": shape,

@@ -69,7 +69,7 @@ void run(int (*launch)(const Args&, void*), const Args& args, const Tensor& wher
 }
 
 Gradient new_gradient(const Tensor& like, bool) {
-  return {torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)}), false};
+  return {new_tensor(like, like.scalar_type(), {like.size(0), like.size(1), like.size(2)}), false};
 }
 
 #else
@@ -108,7 +108,7 @@ Gradient new_gradient(const Tensor& like, bool sparse) {
   const int64_t N = like.size(0), T = like.size(1), V = like.size(2);
   if (sparse)
     if (std::optional<Tensor> blank = new_blank(like, {N, T, V})) return {*blank, true};
-  Tensor values = torch::stable::new_empty(like, {N, T, V});
+  Tensor values = new_tensor(like, like.scalar_type(), {N, T, V});
   advise_huge_pages(values.mutable_data_ptr(),
                     values.numel() * static_cast<int64_t>(values.element_size()));
   return {values, false};
@@ -350,8 +350,8 @@ Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
               contiguous(entropy),
               contiguous(boost),
               contiguous(ref_logps),
-              torch::stable::new_empty(like, {N}, S),
-              torch::stable::new_empty(like, {N, kStats}, S),
+              new_tensor(like, S, {N}),
+              new_tensor(like, S, {N, kStats}),
               {}};
   SequenceArgs& a = q.args;
   a.N = N, a.T = T;
@@ -370,7 +370,7 @@ Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
 
 Tensor reduced(const Sequences& q, bool reduce) {
   if (!reduce) return q.losses;
-  const Tensor total = torch::stable::new_empty(q.losses, {});
+  const Tensor total = new_tensor(q.losses, q.losses.scalar_type(), {});
   const bool wide = q.losses.scalar_type() == ScalarType::Double;
   const SumArgs args{wide ? DType::f64 : DType::f32, q.losses.numel(), q.losses.const_data_ptr(),
                      total.mutable_data_ptr()};
@@ -382,7 +382,7 @@ Tensor reduced(const Sequences& q, bool reduce) {
 // its memory is used again on the same stream.
 std::optional<Tensor> new_workspace(const Tensor& like, int64_t N, int64_t T) {
   if (kOnHost) return std::nullopt;
-  return torch::stable::new_empty(like, {N, T, kWorkspace});
+  return new_tensor(like, like.scalar_type(), {N, T, kWorkspace});
 }
 
 void* memory_of(const std::optional<Tensor>& t) {
@@ -397,9 +397,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
       make_rows(logits, tokens, mask, ranges, columns, begin, end, temperature, validate, false);
   const int64_t N = rows.scores.N, T = rows.scores.T;
   const ScalarType S = accumulate_type(rows.scores.dtype);
-  Tensor logps = torch::stable::new_empty(logits, {N, T}, S);
-  Tensor entropy = torch::stable::new_empty(logits, {N, T}, S);
-  Tensor norm = torch::stable::new_empty(logits, {N, T, 2}, S);
+  Tensor logps = new_tensor(logits, S, {N, T});
+  Tensor entropy = new_tensor(logits, S, {N, T});
+  Tensor norm = new_tensor(logits, S, {N, T, 2});
   const std::optional<Tensor> workspace = new_workspace(norm, N, T);
   const TokenLogpsArgs args{rows.scores, logps.mutable_data_ptr(), entropy.mutable_data_ptr(),
                             norm.mutable_data_ptr(), memory_of(workspace)};
@@ -471,7 +471,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
   const Gradient grad = with_grad ? new_gradient(logits, is_supported(s))
-                                  : Gradient{torch::stable::new_empty(logits, {0}), false};
+                                  : Gradient{new_tensor(logits, logits.scalar_type(), {0}), false};
   auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, reduce);
   return {loss, stats, grad.values};
 }
@@ -515,7 +515,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(
   const Sequences q = make_sequences(logps, N, T, S, old_logps, advantages, mask, entropy, boost,
                                      ref_logps, k, scale);
   const Tensor held = torch::stable::contiguous(logps);
-  Tensor grad = torch::stable::new_empty(logps, {N, T});
+  Tensor grad = new_tensor(logps, logps.scalar_type(), {N, T});
   const SageFromLogpsArgs args{S == ScalarType::Double ? DType::f64 : DType::f32, q.args,
                                held.const_data_ptr(), grad.mutable_data_ptr()};
   run(kernels().sage_loss_from_logps, args, N, T, logps);
@@ -593,7 +593,7 @@ Tensor decoupled_advantages(const Tensor& rewards, const Tensor& weights,
   const Tensor held_weights = torch::stable::contiguous(weights);
   const bool wide = S == ScalarType::Double;
   if (kOnHost) wide ? require_no_infinity<double>(held) : require_no_infinity<float>(held);
-  Tensor out = torch::stable::new_empty(rewards, {rewards.size(0), rewards.size(1)});
+  Tensor out = new_tensor(rewards, rewards.scalar_type(), {rewards.size(0), rewards.size(1)});
   const AdvantagesArgs args{wide ? DType::f64 : DType::f32,
                             rewards.size(0),
                             rewards.size(1),
