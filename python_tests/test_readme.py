@@ -35,7 +35,8 @@ def test_pages_run_and_point_to_what_exists(page):
     text = page.read_text()
     if "integrations.hf" in text:
         pytest.importorskip("transformers")
+    namespace = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(compile(block, str(page), "exec"), {})
+        exec(compile(block, str(page), "exec"), namespace)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
