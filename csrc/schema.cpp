@@ -98,6 +98,23 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   // Zeros that take memory only where something is written; CPU.
   m.def("blank_like(Tensor like) -> Tensor");
 
+  // ---- prefix ----
+  // B users, P <= T prefix lengths, C candidates, the first the positive.  Bodies in
+  // genrec_ext/ops/prefix.py; each per_level is [P], without gradient.
+  m.def(
+      "prefix_loss(Tensor logits, Tensor tokens, Tensor weights, float beta, *, "
+      "float temperature=1.0, float prefix_temperature=1.0, float ce_weight=1.0, "
+      "str reduction=\"mean\", " GENREC_SUPPORT ") -> (Tensor loss, Tensor per_level)");
+  // logits [B, C, T, V], tokens [B, C, T], duplicates [P, B, C] bool, log_scale [P, B]
+  m.def(
+      "prefix_pairwise_loss(Tensor logits, Tensor tokens, Tensor duplicates, Tensor log_scale, "
+      "Tensor weights, float beta, *, float temperature=1.0, float prefix_temperature=1.0, "
+      "float ce_weight=1.0) -> (Tensor loss, Tensor per_level)");
+  m.def(
+      "prefix_pairwise_loss_from_logps(Tensor logps, Tensor duplicates, Tensor log_scale, "
+      "Tensor weights, float beta, *, float prefix_temperature=1.0, float ce_weight=1.0) "
+      "-> (Tensor loss, Tensor per_level)");
+
   // ---- trie ----
   // logits [U * W, V], scores and nodes [U, W]; the level's first_child [n + 1] and
   // labels [n'] int32; columns [level_begin, level_end) are the level's own.  Each

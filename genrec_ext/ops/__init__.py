@@ -13,6 +13,12 @@ from .policy import (
     sage_loss_from_logps,
     token_logps,
 )
+from .prefix import (
+    masked_softmax_loss,
+    prefix_loss,
+    prefix_pairwise_loss,
+    prefix_pairwise_loss_from_logps,
+)
 from .trie import trie_allowed, trie_beam_step, trie_sample_step
 
 __all__ = [
@@ -20,6 +26,10 @@ __all__ = [
     "SageStats",
     "decoupled_advantages",
     "level_logits",
+    "masked_softmax_loss",
+    "prefix_loss",
+    "prefix_pairwise_loss",
+    "prefix_pairwise_loss_from_logps",
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",

@@ -13,6 +13,12 @@ from .policy import (
     sage_loss_from_logps,
     token_logps,
 )
+from .prefix import (
+    masked_softmax_loss,
+    prefix_loss,
+    prefix_pairwise_loss,
+    prefix_pairwise_loss_from_logps,
+)
 from .trie import node_gumbel, trie_beam_step, trie_sample_step
 
 __all__ = [
@@ -20,7 +26,11 @@ __all__ = [
     "SageStats",
     "decoupled_advantages",
     "level_logits",
+    "masked_softmax_loss",
     "node_gumbel",
+    "prefix_loss",
+    "prefix_pairwise_loss",
+    "prefix_pairwise_loss_from_logps",
     "sage_loss",
     "sage_loss_from_logps",
     "token_logps",
