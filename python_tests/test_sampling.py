@@ -290,3 +290,28 @@ def test_sample_errors_name_the_argument(ours):
         settings = {"users": 1, "seed": 0, "width": 1, **change}
         with pytest.raises(ValueError, match=text):
             ours.sample_items(lambda *_: torch.zeros(1, 2), trie, **settings)
+
+
+def test_arguments_of_any_layout(ours):
+    trie, level, nodes, logits, scores, perturbed, _ = step_case(7)
+
+    def spread(x):
+        """The same values, no two of them neighbours."""
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+    U, n = len(nodes), trie.num_nodes(level + 1)
+    first, labels = trie.first_child(level), trie.labels(level)
+    filters = {
+        "forbidden": torch.rand(U, n) < 0.2,
+        "closed": torch.zeros(2, (n + 31) // 32, dtype=torch.int32),
+        "closed_row": torch.tensor([1, -1]),
+        "taken": torch.tensor([0, 1], dtype=torch.int32),
+        "taken_begin": torch.tensor([0, 1, 2]),
+    }
+    given = (logits, scores, perturbed, nodes, first, labels)
+    step = torch.ops.genrec.trie_sample_step
+    plain = step(*given, 5, level=level, seed=3, **filters)
+    wide = {name: spread(x) for name, x in filters.items()}
+    assert not any(x.is_contiguous() for x in wide.values() if x.numel() > 1)
+    apart = step(*map(spread, given), 5, level=level, seed=3, **wide)
+    assert all(a.equal(b) for a, b in zip(plain, apart))

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "common/torch_stable.h"
 #if defined(GENREC_CUDA_LIBRARY)
@@ -164,8 +165,8 @@ class Step {
     a.logits = in.logits.const_data_ptr();
     a.stride = in.logits.stride(0);
     if (a.V > 1 && in.logits.stride(1) != 1) {
-      kept_[count_] = torch::stable::contiguous(in.logits);
-      a.logits = kept_[count_++].const_data_ptr();
+      kept_.push_back(torch::stable::contiguous(in.logits));
+      a.logits = kept_.back().const_data_ptr();
       a.stride = a.V;
     }
     Filter& f = a.filter;
@@ -202,17 +203,26 @@ class Step {
                 std::initializer_list<int64_t> shape, const Tensor& like) {
     require_tensor(t, name, dtype, shape, like);
     if (t.is_contiguous()) return t.const_data_ptr<T>();
-    kept_[count_] = torch::stable::contiguous(t);
-    return kept_[count_++].template const_data_ptr<T>();
+    kept_.push_back(torch::stable::contiguous(t));
+    return kept_.back().template const_data_ptr<T>();
   }
 
   Tensor new_scores() const { return new_tensor(where_, ScalarType::Float, {a.U, a.width}); }
-  Tensor new_indices() const { return new_tensor(where_, ScalarType::Long, {a.U, a.width}); }
+
+  // (scores, parent, token, node), which the kernel will write.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs() {
+    const auto indices = [&] { return new_tensor(where_, ScalarType::Long, {a.U, a.width}); };
+    const Tensor scores = new_scores(), parent = indices(), token = indices(), node = indices();
+    a.out_scores = scores.mutable_data_ptr<float>();
+    a.out_parent = parent.mutable_data_ptr<int64_t>();
+    a.out_token = token.mutable_data_ptr<int64_t>();
+    a.out_node = node.mutable_data_ptr<int64_t>();
+    return {scores, parent, token, node};
+  }
 
  private:
   const Tensor& where_;
-  Tensor kept_[10];
-  int count_ = 0;
+  std::vector<Tensor> kept_;  // contiguous copies
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
@@ -234,14 +244,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
   a.softmax = softmax == "vocab"   ? Softmax::vocab
               : softmax == "level" ? Softmax::level
                                    : Softmax::children;
-  Tensor out_scores = step.new_scores();
-  Tensor parent = step.new_indices(), token = step.new_indices(), node = step.new_indices();
-  a.out_scores = out_scores.mutable_data_ptr<float>();
-  a.out_parent = parent.mutable_data_ptr<int64_t>();
-  a.out_token = token.mutable_data_ptr<int64_t>();
-  a.out_node = node.mutable_data_ptr<int64_t>();
+  auto outputs = step.outputs();
   run(a, scores);
-  return {out_scores, parent, token, node};
+  return outputs;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> trie_sample_step(
@@ -261,13 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> trie_sample_step(
     a.perturbed = step.held<float>(*perturbed, "perturbed", ScalarType::Float, {a.U, a.W}, logits);
   a.seed = static_cast<uint64_t>(seed);
   a.level = static_cast<uint32_t>(level);
-  Tensor out_scores = step.new_scores(), out_perturbed = step.new_scores();
-  Tensor parent = step.new_indices(), token = step.new_indices(), node = step.new_indices();
-  a.out_scores = out_scores.mutable_data_ptr<float>();
+  const Tensor out_perturbed = step.new_scores();
   a.out_perturbed = out_perturbed.mutable_data_ptr<float>();
-  a.out_parent = parent.mutable_data_ptr<int64_t>();
-  a.out_token = token.mutable_data_ptr<int64_t>();
-  a.out_node = node.mutable_data_ptr<int64_t>();
+  const auto [out_scores, parent, token, node] = step.outputs();
   run(a, scores);
   return {out_scores, out_perturbed, parent, token, node};
 }

@@ -12,6 +12,28 @@ import torch
 from torch import Tensor
 
 
+def _children(
+    nodes: Tensor,
+    scores: Tensor,
+    u: int,
+    w: int,
+    trie: Any,
+    level: int,
+    forbidden: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The children that a beam may enter, and their columns; none for a dead beam."""
+    at = int(nodes[u, w])
+    if at < 0 or not float(scores[u, w]) > -math.inf:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none
+    first_child = trie.first_child(level)
+    children = torch.arange(int(first_child[at]), int(first_child[at + 1]))
+    if forbidden is not None:
+        off = forbidden if forbidden.dim() == 1 else forbidden[u]
+        children = children[~off[children]]
+    return children, trie.labels(level)[children].long()
+
+
 def trie_beam_step(
     logits: Tensor,
     scores: Tensor,
@@ -27,7 +49,6 @@ def trie_beam_step(
     """``genrec_ext.trie_beam_step`` in plain PyTorch: every candidate listed, then sorted."""
     U, W = nodes.shape
     V = logits.shape[-1]
-    first_child, labels = trie.first_child(level), trie.labels(level)
     begin_column, end_column = trie.level_columns(level, V)
     rows = (logits if logits.dtype == torch.float64 else logits.float()).view(U, W, V) / temperature
     out_scores = rows.new_full((U, width), -math.inf)
@@ -35,14 +56,7 @@ def trie_beam_step(
     for u in range(U):
         candidates = []
         for w in range(W):
-            at = int(nodes[u, w])
-            if at < 0 or not float(scores[u, w]) > -math.inf:
-                continue
-            children = torch.arange(int(first_child[at]), int(first_child[at + 1]))
-            if forbidden is not None:
-                off = forbidden if forbidden.dim() == 1 else forbidden[u]
-                children = children[~off[children]]
-            columns = labels[children].long()
+            children, columns = _children(nodes, scores, u, w, trie, level, forbidden)
             row = rows[u, w]
             if softmax == "vocab":
                 log_sum = row.logsumexp(0)
@@ -109,21 +123,13 @@ def trie_sample_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``genrec_ext.trie_sample_step`` in plain PyTorch, its noise in float64."""
     U, W = nodes.shape
-    first_child, labels = trie.first_child(level), trie.labels(level)
     rows = (logits if logits.dtype == torch.float64 else logits.float()).view(U, W, -1)
     out_scores, out_perturbed = (rows.new_full((U, width), -math.inf) for _ in range(2))
     parent, token, node = (torch.full((U, width), -1, dtype=torch.int64) for _ in range(3))
     for u in range(U):
         candidates = []
         for w in range(W):
-            at = int(nodes[u, w])
-            if at < 0 or not float(scores[u, w]) > -math.inf:
-                continue
-            children = torch.arange(int(first_child[at]), int(first_child[at + 1]))
-            if forbidden is not None:
-                off = forbidden if forbidden.dim() == 1 else forbidden[u]
-                children = children[~off[children]]
-            columns = labels[children].long()
+            children, columns = _children(nodes, scores, u, w, trie, level, forbidden)
             logp = scores[u, w] + torch.log_softmax(rows[u, w, columns] / temperature, 0)
             there = logp > -math.inf  # neither -inf nor NaN
             children, columns, logp = children[there], columns[there], logp[there]
