@@ -8,6 +8,7 @@ from ._version import __version__
 from .decode import BeamResult, SampleResult, beam_search, sample_items
 from .filters import ItemFilter, ItemMasks
 from .live import LiveTrie
+from .objectives import AdaptivePrefixWeights, PrefixLoss, PrefixPairwiseLoss
 from .ops import (
     SageConfig,
     SageStats,
@@ -15,6 +16,7 @@ from .ops import (
     level_logits,
     masked_softmax_loss,
     prefix_loss,
+    prefix_loss_from_logps,
     prefix_pairwise_loss,
     prefix_pairwise_loss_from_logps,
     sage_loss,
@@ -27,10 +29,13 @@ from .ops import (
 from .trie import Trie
 
 __all__ = [
+    "AdaptivePrefixWeights",
     "BeamResult",
     "ItemFilter",
     "ItemMasks",
     "LiveTrie",
+    "PrefixLoss",
+    "PrefixPairwiseLoss",
     "SageConfig",
     "SageStats",
     "SampleResult",
@@ -41,6 +46,7 @@ __all__ = [
     "level_logits",
     "masked_softmax_loss",
     "prefix_loss",
+    "prefix_loss_from_logps",
     "prefix_pairwise_loss",
     "prefix_pairwise_loss_from_logps",
     "sage_loss",

@@ -16,6 +16,7 @@ from .policy import (
 from .prefix import (
     masked_softmax_loss,
     prefix_loss,
+    prefix_loss_from_logps,
     prefix_pairwise_loss,
     prefix_pairwise_loss_from_logps,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "level_logits",
     "masked_softmax_loss",
     "prefix_loss",
+    "prefix_loss_from_logps",
     "prefix_pairwise_loss",
     "prefix_pairwise_loss_from_logps",
     "sage_loss",

@@ -85,9 +85,7 @@ def prefix_loss(
     >>> round(loss.item(), 4), [round(x, 4) for x in levels.tolist()]
     (1.3863, [1.3863, 1.3863])
     """
-    _check_positive(temperature=temperature, prefix_temperature=prefix_temperature)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be one of "mean", "sum", "none", got "{reduction}"')
+    _check_positive(temperature=temperature)
     logps, _ = token_logps(
         logits,
         tokens,
@@ -97,6 +95,36 @@ def prefix_loss(
         columns=columns,
         temperature=temperature,
     )
+    return prefix_loss_from_logps(
+        logps,
+        weights,
+        beta,
+        prefix_temperature=prefix_temperature,
+        ce_weight=ce_weight,
+        reduction=reduction,
+    )
+
+
+def prefix_loss_from_logps(
+    logps: Tensor,
+    weights: Tensor,
+    beta: float,
+    *,
+    prefix_temperature: float = 1.0,
+    ce_weight: float = 1.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """:func:`prefix_loss` from the tokens' log-probabilities ``[B, T]``, where they are at hand.
+
+    The other arguments, the result, the errors and the source are those of :func:`prefix_loss`.
+    """
+    _check_positive(prefix_temperature=prefix_temperature)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be one of "mean", "sum", "none", got "{reduction}"')
+    if logps.dim() != 2 or not logps.is_floating_point():
+        raise ValueError(
+            f"logps must be floating, of shape [B, T], got {logps.dtype} {list(logps.shape)}"
+        )
     T = logps.shape[1]
     P = _check_levels(weights, T)
     # One factor a token: 1 / T, and that of every prefix that it lies in.
@@ -104,12 +132,15 @@ def prefix_loss(
     factors = logps.new_full((T,), ce_weight / T)
     factors[:P] += beta * each.flip(0).cumsum(0).flip(0)
     losses = -(logps * factors).sum(1)
-    levels = -logps.detach()[:, :P].cumsum(1).mean(0) * _over_lengths(
-        torch.ones_like(each), prefix_temperature
-    )
+    levels = prefix_losses(logps.detach()[:, :P], prefix_temperature)
     if reduction == "none":
         return losses, levels
     return (losses.mean() if reduction == "mean" else losses.sum()), levels
+
+
+def prefix_losses(logps: Tensor, prefix_temperature: float = 1.0) -> Tensor:
+    """``[P]``, the mean ``L_t`` of :func:`prefix_loss` for ``logps [B, P]``."""
+    return _over_lengths(-logps.cumsum(1).mean(0), prefix_temperature)
 
 
 def _over_lengths(x: Tensor, prefix_temperature: float) -> Tensor:

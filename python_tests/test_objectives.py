@@ -1,0 +1,128 @@
+"""Objectives as modules: adaptive weights by their formulas, and what the modules make of them."""
+
+import pytest
+import torch
+from torch import multiprocessing
+
+import genrec_ext
+from genrec_ext import AdaptivePrefixWeights, PrefixLoss, PrefixPairwiseLoss
+
+
+def updates(variant, losses, eta):
+    """The variants' formulas in float64, step by step."""
+    weights = torch.full_like(losses[0], 1 / losses.shape[1])
+    for step, loss in enumerate(losses):
+        if variant == "paper":
+            weights = weights * torch.exp(eta * loss)
+        elif variant == "snapshot":
+            weights = loss * torch.exp(eta * loss)
+        elif step == 0:
+            weights = loss / loss.sum()
+        else:
+            weights = weights * torch.exp(eta * loss / loss.sum())
+        weights = weights / weights.sum()
+    return weights
+
+
+@pytest.mark.parametrize("variant", ("paper", "release", "snapshot"))
+def test_weights_follow_their_formula(variant):
+    losses = 5 * torch.rand(20, 4, dtype=torch.float64)
+    adaptive = AdaptivePrefixWeights(4, 0.3, variant)
+    for step in range(20):
+        got = adaptive(losses[step])
+        assert got.sum().item() == pytest.approx(1)
+        assert torch.allclose(got.double(), updates(variant, losses[: step + 1], 0.3), atol=1e-5)
+        assert not got.requires_grad
+
+
+@pytest.mark.parametrize("variant", ("paper", "release", "snapshot"))
+def test_weights_resume_and_rest_in_eval(variant):
+    losses = torch.rand(6, 3)
+    one, two = (AdaptivePrefixWeights(3, 0.5, variant) for _ in range(2))
+    for loss in losses[:3]:
+        one(loss)
+    two.load_state_dict(one.state_dict())
+    for loss in losses[3:]:
+        assert one(loss).equal(two(loss))
+    held = one.weights.clone()
+    assert one.eval()(losses[0]).equal(held) and one.weights.equal(held)
+
+
+def test_weights_stay_finite_where_exponentials_do_not():
+    adaptive = AdaptivePrefixWeights(3, 1000.0)
+    got = adaptive(torch.tensor([1.0, 2.0, 2.0]))
+    assert got.tolist() == pytest.approx([0, 0.5, 0.5])
+
+
+def _averaged(rank, folder, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    adaptive = AdaptivePrefixWeights(3, 0.7)
+    losses = torch.tensor([[1.0, 2.0, 6.0], [3.0, 4.0, 2.0]])
+    given = losses[rank].clone()
+    results[rank] = adaptive(given).tolist()
+    assert given.equal(losses[rank])  # what was handed in stays as it was
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_their_losses(tmp_path):
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_averaged, (str(tmp_path), results), nprocs=2)
+        got = [results[0], results[1]]
+    assert got[0] == got[1]
+    want = AdaptivePrefixWeights(3, 0.7)(torch.tensor([2.0, 3.0, 4.0]))
+    assert got[0] == pytest.approx(want.tolist())
+
+
+def test_the_modules_are_their_functions_under_their_own_weights():
+    logits, tokens = torch.randn(5, 4, 9), torch.randint(0, 9, (5, 4))
+    module = PrefixLoss(3, 0.6, eta=0.4, temperature=0.8, prefix_temperature=0.5, ce_weight=0.3)
+    for _ in range(2):
+        loss = module(logits, tokens)
+        want, levels = genrec_ext.prefix_loss(
+            logits, tokens, module.adaptive.weights, 0.6,
+            temperature=0.8, prefix_temperature=0.5, ce_weight=0.3,
+        )  # fmt: skip
+        assert torch.allclose(loss, want)
+    assert module.adaptive.weights.argmax() == levels.argmax()
+    logps = torch.log_softmax(torch.randn(3, 6, 4), -1)
+    duplicates, scale = torch.rand(2, 3, 6) < 0.3, torch.rand(2, 3)
+    pairwise = PrefixPairwiseLoss(2, 0.6, prefix_temperature=0.5)
+    loss = pairwise(logps, duplicates, scale)
+    want, _ = genrec_ext.prefix_pairwise_loss_from_logps(
+        logps, duplicates, scale, pairwise.adaptive.weights, 0.6, prefix_temperature=0.5
+    )
+    assert torch.allclose(loss, want)
+
+
+def test_a_model_learns_its_prefixes():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 8, (32, 3))
+    table = torch.zeros(32, 3, 8, requires_grad=True)
+    module = PrefixLoss(3, 1.0)
+    optimizer = torch.optim.Adam([table], 0.1)
+    losses = []
+    for _ in range(60):
+        loss = module(table, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0] and (table.argmax(-1) == tokens).all()
+
+
+@pytest.mark.parametrize(
+    "text, arguments",
+    (
+        ("levels must be at least 1, got 0", (0, 0.1)),
+        ("eta must be at least 0, got -1", (2, -1)),
+        ("variant must be one of paper, release, snapshot, got 'old'", (2, 0.1, "old")),
+    ),
+)
+def test_errors_name_the_argument(text, arguments):
+    with pytest.raises(ValueError, match=text):
+        AdaptivePrefixWeights(*arguments)
+    with pytest.raises(ValueError, match=r"per_level must have shape \[2\], got \[3\]"):
+        AdaptivePrefixWeights(2, 0.1)(torch.ones(3))
