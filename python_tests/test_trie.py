@@ -574,6 +574,25 @@ def test_labels_that_do_not_ascend_cannot_reach_outside():
             )
 
 
+def test_wild_labels_between_those_of_a_run_cannot_reach_outside():
+    # First and last are as of columns side by side, which are read as a run.
+    labels = torch.arange(100, dtype=torch.int32)
+    labels[1:-1:5], labels[2:-1:5] = 2**31 - 1, -(2**31)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        score, parent, _, node = torch.ops.genrec.trie_beam_step(
+            torch.zeros(1, 100, dtype=dtype),
+            torch.zeros(1, 1),
+            torch.zeros(1, 1).long(),
+            torch.tensor([0, 100], dtype=torch.int32),
+            labels,
+            3,
+            level_begin=0,
+            level_end=100,
+        )
+        assert (parent == 0).all() and ((node >= 0) & (node < 100)).all()
+        assert torch.allclose(score, torch.tensor(-math.log(100)))
+
+
 def test_level_sizes_say_otherwise_than_offsets(ours):
     shared = Trie.from_items([[3, 2]], level_offsets=[0, 0], level_sizes=[4, 4])
     assert shared.level_columns(0, 8) == shared.level_columns(1, 8) == (0, 4)

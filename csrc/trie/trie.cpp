@@ -97,7 +97,7 @@ void run(StepArgs& a, const Tensor&) {
   // Few users are cut, so that every thread has its part.
   const int64_t threads = torch::stable::get_num_threads();
   if (a.U < 4 * threads && a.U % threads != 0)
-    a.chunks = std::clamp<int64_t>(user_work / kGrain, 1, std::min(threads, a.W));
+    a.chunks = std::max<int64_t>(1, std::min({user_work / kGrain, threads, a.W}));
   std::unique_ptr<Contender[]> workspace;
   if (a.chunks > 1) {
     workspace.reset(new Contender[static_cast<size_t>(a.U * a.chunks * a.width)]);

@@ -167,7 +167,7 @@ bool is_node(const StepArgs& a, int64_t node) {
 // early, first where the children are, then their labels.
 void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
   constexpr int64_t kNear = 4, kFar = 8;
-  if (row + kFar < last_row && a.nodes[row + kFar] >= 0)
+  if (row + kFar < last_row && a.nodes[row + kFar] >= 0 && a.nodes[row + kFar] < a.level_nodes)
     prefetch(a.first_child + a.nodes[row + kFar]);
   if (row + kNear < last_row && is_node(a, a.nodes[row + kNear]))
     prefetch(a.labels + a.first_child[a.nodes[row + kNear]]);
@@ -195,7 +195,7 @@ GENREC_INLINE vfloat look_at(const StepArgs& a, const Children& c, const T* x, i
   mask = kAllLanes >> (kLanes - rest);
   vfloat v;
   if (c.dense) {
-    const T* from = x + c.labels[child];
+    const T* from = x + c.labels[c.begin] + (child - c.begin);
     v = rest == kLanes ? load_floats(from) : load_some(from, rest, 0);
   } else {
     int32_t tail[kLanes];
