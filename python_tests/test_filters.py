@@ -363,3 +363,72 @@ def test_a_filter_of_another_version_is_refused():
         trie_beam_step(torch.zeros(1, 3), scores, nodes, trie.removing([1]), 0, 1, forbidden=old)
     with pytest.raises(ValueError, match="a filter for 2 users, got 1"):
         beam_search(lambda *_: torch.zeros(2, 3), trie, 1, users=2, forbidden=old)
+
+
+def searched_plainly(codes, opened, tables):
+    """The items that may be given and lead their paths, best first, by enumeration in float64: each
+    level normalised over what is open."""
+    first = {}
+    for item in np.flatnonzero(opened):
+        first.setdefault(tuple(codes[item].tolist()), int(item))
+    scores = dict.fromkeys(first, 0.0)
+    for level in range(codes.shape[1]):
+        following = {}
+        for path in first:
+            following.setdefault(path[:level], set()).add(path[level])
+        for path in first:
+            row = tables[level].double()
+            log_sum = row[sorted(following[path[:level]])].logsumexp(0)
+            scores[path] += float(row[path[level]] - log_sum)
+    order = sorted(first, key=lambda path: -scores[path])
+    return [first[path] for path in order], [scores[path] for path in order]
+
+
+@pytest.mark.parametrize("n", (1, 31, 32, 33, 63, 64, 65))
+def test_a_live_catalogue_is_searched_as_enumerated_after_every_edit(n):
+    """Levels of n nodes, about the bounds of the words that hold closed nodes; paths of several
+    items, of which a user has seen some."""
+    rng = np.random.default_rng(n)
+    codes = np.concatenate([np.arange(n), rng.integers(0, n, n)])
+    codes = np.stack([codes, rng.integers(0, 2, 2 * n), np.zeros(2 * n, dtype=np.int64)], 1)
+    trie, available = Trie.from_items(codes), np.ones(2 * n, dtype=bool)
+    assert trie.num_nodes(1) == n
+    found_items = 0
+    for edit in range(12):
+        N = len(codes)
+        items = rng.integers(0, N, max(1, N // 4))
+        if edit % 4 == 3:  # onto paths that are there, and beside them
+            fresh = codes[items] + rng.integers(0, 2, (len(items), 1)) * [0, 1, 0]
+            trie, codes = trie.adding(fresh), np.concatenate([codes, fresh])
+            available = np.append(available, np.ones(len(items), dtype=bool))
+        elif edit % 4 == 2:
+            trie, available[items] = trie.restoring(items), True
+        else:
+            trie, available[items] = trie.removing(items), False
+        N = len(codes)
+        seen = rng.integers(-1, N, (3, N // 3 + 1))
+        seen[2, : min(N // 3 + 1, 2)] = -1
+        allowed, row = rng.random((2, N)) < 0.8, [1, -1, 0]
+        tables = torch.from_numpy(rng.standard_normal((3, n + 12))).float()
+        wanted = open_items(N, 3, available, allowed, row, seen)
+        width = trie.num_nodes(3) + 1
+        result = beam_search(
+            lambda level, parent, _, tables=tables, width=width: tables[level].expand(
+                3 * (1 if parent is None else width), -1
+            ),
+            trie,
+            width,
+            users=3,
+            softmax="children",
+            forbidden=trie.filter(allowed, row, seen),
+        )
+        for user in range(3):
+            items, scores = searched_plainly(codes, wanted[user], tables)
+            got = result.items[user].tolist()
+            assert sorted(got[: len(items)]) == sorted(items) and set(got[len(items) :]) == {-1}
+            assert np.allclose(result.scores[user, : len(items)], scores, atol=1e-5)
+            where = {item: place for place, item in enumerate(items)}
+            own = [scores[where[item]] for item in got[: len(items)]]
+            assert np.allclose(own, scores, atol=1e-5)  # each item has its own score
+            found_items += len(items)
+    assert found_items > 10 * n

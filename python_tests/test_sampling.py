@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from genrec_ext import Trie, reference
+from genrec_ext import Trie, reference, sample_items
 from genrec_ext.reference.trie import node_gumbel, philox
 
 # ---- the noise ----
@@ -111,6 +111,84 @@ def test_special_values_stay_with_their_rows(ours):
     assert got[4][0].tolist() == [-1] * 3 and got[4][1].min() >= 0
 
 
+def same_draws(got, want, width):
+    """A step's outcome against the definition's, where both list every candidate of one user."""
+    for have, expected in zip(got, want):
+        assert have.shape == expected.shape == (1, width)
+    have, expected = (x[4][0].argsort(stable=True) for x in (got, want))
+    assert got[4][0][have].equal(want[4][0][expected])
+    for index in (0, 1):
+        mine, exact = got[index][0][have].double(), want[index][0][expected]
+        assert torch.allclose(mine, exact, rtol=1e-6, atol=1e-5)
+    assert (got[1][0, :-1] >= got[1][0, 1:]).all()
+
+
+@pytest.mark.parametrize("last", (-math.inf, -1e30, -200.0, 200.0, 1e6, 1e30, math.inf))
+def test_extreme_perturbed_values(ours, last):
+    trie = Trie.from_items(torch.arange(40).unsqueeze(1))
+    logits, nodes = 4 * torch.randn(1, 40), torch.zeros(1, 1).long()
+    scores, before = torch.tensor([[-3.0]]), torch.tensor([[last]])
+    settings = {"seed": 5}
+    got = ours.trie_sample_step(logits, scores, before, nodes, trie, 0, 42, **settings)
+    want = reference.trie_sample_step(
+        logits.double(), scores.double(), before.double(), nodes, trie, 0, 42, **settings
+    )
+    same_draws(got, want, 42)
+    assert (got[4] >= 0).sum() == (0 if last == -math.inf else 40)
+    # Above every child, a parent leaves them the order of their own noise.
+    if last > 0:
+        free = ours.trie_sample_step(logits, scores, None, nodes, trie, 0, 42, **settings)
+        assert got[1][0, 0] == last and got[4].equal(free[4])
+
+
+@pytest.mark.parametrize("temperature", (1e-3, 1.0, 1e3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_extreme_temperatures_and_the_widest_level(ours, temperature, dtype):
+    n = 1000 if os.environ.get("GENREC_SIMULATED") else 65_536
+    trie = Trie.from_items(torch.arange(n).unsqueeze(1))
+    logits, nodes = torch.randn(1, n).to(dtype), torch.zeros(1, 1).long()
+    logits[0, ::7] = -math.inf  # of probability 0: never drawn
+    rest = (nodes, trie, 0, n)
+    settings = {"seed": 2**64 - 1, "temperature": temperature}
+    got = ours.trie_sample_step(logits, torch.zeros(1, 1), None, *rest, **settings)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    want = reference.trie_sample_step(logits.double(), zero, None, *rest, **settings)
+    same_draws(got, want, n)
+    drawn = got[4][0][got[4][0] >= 0]
+    assert len(drawn) == n - (n + 6) // 7 and (drawn % 7 != 0).all()
+    few = ours.trie_sample_step(logits, torch.zeros(1, 1), None, *rest[:-1], 100, **settings)
+    for part, whole in zip(few, got):
+        assert part.equal(whole[:, :100])
+
+
+def test_beams_that_are_no_number_draw_nothing_and_others_all(ours):
+    trie, values = Trie.from_items([[0], [1], [2]]), (-math.inf, math.nan, -1e30, -2.0)
+    scores, nodes = torch.tensor(values).unsqueeze(1), torch.zeros(4, 1).long()
+    for before in (None, torch.zeros(4, 1)):
+        got = ours.trie_sample_step(torch.zeros(4, 3), scores, before, nodes, trie, 0, 5, seed=3)
+        assert (got[4] >= 0).sum(1).tolist() == [0, 0, 3, 3]
+        assert (got[1][:2] == -math.inf).all() and (got[0][:2] == -math.inf).all()
+        assert (got[0][2, :3] == -1e30).all()
+
+
+def test_a_chain_passes_its_noise_down_unchanged(ours):
+    trie = Trie.from_items([[3, 0, 7, 7, 1, 0, 2, 5], [4] * 8])
+    logits = 50 * torch.randn(8, 8)
+    found = []
+
+    def step_fn(level, parent, token):
+        found.append(token)
+        return logits[level].expand(6 * (1 if parent is None else 3), 8)
+
+    drawn = ours.sample_items(step_fn, trie, 3, users=6, seed=1)
+    first = ours.sample_items(
+        lambda *_: logits[0].expand(6, 8), Trie.from_items([[3], [4]]), 3, users=6, seed=1
+    )
+    assert drawn.perturbed.equal(first.perturbed) and drawn.items.equal(first.items)
+    assert drawn.log_probs.equal(first.log_probs)
+    assert (drawn.token_logps[:, :2, 1:] == 0).all() and len(found) == 8
+
+
 def test_step_errors_name_the_argument(ours):
     trie = Trie.from_items([[0, 1]])
     nodes, scores = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
@@ -205,6 +283,53 @@ def test_draws_have_the_exact_probabilities(ours, forbidden):
     exact = [sum(p for d, p in expected.items() if i in d) for i in range(len(paths))]
     for count, p in zip(inside, exact):
         assert abs(count - total * p) < 4.5 * math.sqrt(total * p * (1 - p) + 1)
+
+
+def test_draws_from_random_catalogues_have_the_exact_probabilities():
+    """Users are seeds: 20,000 ordered draws from each of eight catalogues."""
+    tested = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        L, k, users = rng.randrange(1, 5), rng.choice((2, 3)), 20_000
+        codes = [[rng.randrange(3) for _ in range(L)] for _ in range(rng.randrange(3, 8))]
+        trie = Trie.from_items(codes)
+        tables = 1.5 * torch.randn(L, 4, 3)  # by level and the token before
+
+        def step_fn(level, parent, token, tables=tables, users=users):
+            if token is None:
+                return tables[0, 3].expand(users, 3)
+            return tables[level][token.flatten()]
+
+        paths, chances = sorted({tuple(path) for path in codes}), []
+        for path in paths:
+            total = 0.0
+            for level in range(L):
+                follow = sorted({p[level] for p in paths if p[:level] == path[:level]})
+                row = tables[level, path[level - 1] if level else 3].double()[follow]
+                total += float(torch.log_softmax(row, 0)[follow.index(path[level])])
+            chances.append(math.exp(total))
+        k = min(k, len(paths))
+        expected = ordered_draws(chances, k)
+        seen = dict.fromkeys(expected, 0)
+        drawn = sample_items(step_fn, trie, k, users=users, seed=seed)
+        number = {path: place for place, path in enumerate(paths)}
+        for row in drawn.codes.tolist():
+            seen[tuple(number[tuple(path)] for path in row)] += 1
+        # Draws that are hardly ever expected count together.
+        cells = [(seen[draw], users * p) for draw, p in expected.items()]
+        large = [cell for cell in cells if cell[1] >= 10]
+        small = [sum(x) for x in zip(*(cell for cell in cells if cell[1] < 10))]
+        if small and small[1] >= 10:
+            large.append(tuple(small))
+        if len(large) > 1:
+            statistic, bound = chi_square(*zip(*large))
+            assert statistic < bound, f"seed {seed}"
+            tested += len(large)
+        inside = [sum(c for d, c in seen.items() if i in d) for i in range(len(paths))]
+        exact = [sum(p for d, p in expected.items() if i in d) for i in range(len(paths))]
+        for count, p in zip(inside, exact):
+            assert abs(count - users * p) <= 4.5 * math.sqrt(max(users * p * (1 - p), 0) + 1)
+    assert tested > 80
 
 
 def test_draws_of_different_users_and_seeds_are_independent(ours):

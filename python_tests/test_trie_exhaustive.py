@@ -228,6 +228,9 @@ def check_step(rng, catalogue, counted):
     scores, nodes = random_beams(
         rng, U, W, 1 if level == 0 else len(catalogue.parents[level - 1]), same
     )
+    if np.isfinite(rows).all() and np.abs(rows).max(initial=0) > 1e38:
+        # Without fused multiplication -3e38 / 0.7 is -inf, and beside +inf nothing.
+        scores[scores == math.inf] = 0
     forbidden, off = None, np.zeros((U, n), dtype=bool)
     if rng.integers(0, 3) == 0:
         given = torch.from_numpy(rng.random((U, n) if rng.integers(0, 2) else n) < 0.4)

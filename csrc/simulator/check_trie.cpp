@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "simulator/check.h"
+#include "trie/gumbel.h"
 #include "trie/kernels.h"
 
 namespace genrec::trie {
@@ -35,10 +36,11 @@ class Array {
 struct Shape {
   int64_t U, W, V, width, most;  // most: the largest fan-out
 };
-// Clusters of several sizes, one beam, wide fan-outs, more winners than fit shared memory.
+// Clusters of several sizes, one beam, wide fan-outs, more winners than fit shared memory,
+// beams whose number takes two digits.
 constexpr Shape kLarge[] = {
-    {1, 40, 300, 50, 40},  {3, 7, 70, 9, 70},  {2, 1, 3000, 20, 3000},
-    {1, 70, 64, 1500, 60}, {5, 3, 1000, 5, 9}, {1, 16, 2100, 300, 900},
+    {1, 40, 300, 50, 40}, {3, 7, 70, 9, 70},       {2, 1, 3000, 20, 3000}, {1, 70, 64, 1500, 60},
+    {5, 3, 1000, 5, 9},   {1, 16, 2100, 300, 900}, {1, 1100, 2, 1050, 2},
 };
 constexpr int64_t kLargeShapes = sizeof kLarge / sizeof kLarge[0];
 
@@ -57,11 +59,49 @@ uint32_t first_word(uint64_t seed, uint32_t a, uint32_t b, uint32_t c, uint32_t 
   return a;
 }
 
-double noise(uint64_t seed, int64_t user, uint32_t level, int64_t node) {
-  const double u =
-      (first_word(seed, static_cast<uint32_t>(node), level, static_cast<uint32_t>(user), 0) + 0.5) /
-      4294967296.0;
+double noise_of(uint32_t word) {
+  const double u = (word + 0.5) / 4294967296.0;
   return -std::log(-std::log1p(-u));
+}
+
+double noise(uint64_t seed, int64_t user, uint32_t level, int64_t node) {
+  return noise_of(
+      first_word(seed, static_cast<uint32_t>(node), level, static_cast<uint32_t>(user), 0));
+}
+
+double carried(double g, double top, double parent) {
+  if (!(g < top)) return parent;
+  const double rest = std::log(-std::expm1(g - top)), v = parent - g + rest;
+  return (v > 0 ? g - rest : parent) - std::log1p(std::exp(-std::abs(v)));
+}
+
+// The noise's own arithmetic over all that it may meet: both ends of the words and
+// what is between, and children far from their parent and next to each other.
+void check_noise(Random& random) {
+  const auto check_word = [](uint32_t word) {
+    const double want = noise_of(word);
+    expect("noise of word", word, gumbel_of(word), want, 3e-7 * (1 + std::abs(want)));
+  };
+  for (uint32_t i = 0; i < 2000; ++i)
+    for (const uint32_t end : {0u, 1u << 24, 1u << 31})
+      check_word(end + i), check_word(end - 1 - i);
+  for (int i = 0; i < 4000; ++i) check_word(static_cast<uint32_t>(random.next()));
+  for (int i = 0; i < 4000; ++i) {
+    const double reach[] = {1, 30, 1e4, 1e30};
+    const float parent = static_cast<float>(reach[random.below(4)] * random.normal());
+    const float top = static_cast<float>(reach[random.below(3)] * random.normal());
+    const float g = top - static_cast<float>(std::exp(25 * random.uniform() - 17));
+    for (const float last : {parent, INFINITY, top, g}) {
+      const double want = carried(g, top, last);
+      expect("carried", i, carried_down(g, top, last), want, 2e-6 * (1 + std::abs(want)));
+      // A child that is larger by more than rounding stays so.
+      const float h = g + 0.5f * (top - g), low = carried_down(g, top, last);
+      if (carried_down(h, top, last) < low) complain("children change their order");
+      if (low > last) complain("a child above its parent");
+    }
+    expect("largest", i, carried_down(top, top, parent), parent, 0);
+    expect("none", i, carried_down(g, top, -INFINITY), -kInf, 0);
+  }
 }
 
 struct Candidate {
@@ -84,7 +124,7 @@ void check_step(Random& random, DType dtype) {
   a.level_begin = random.below(a.V / 2 + 1);
   a.level_end = random.one_in(9) ? a.level_begin : a.V - random.below(a.V / 3 + 1);
   // One value everywhere: every score a tie, and the order by parent and node alone.
-  const bool ties = !a.sampling && random.one_in(4);
+  const bool ties = !a.sampling && (s.W > 1000 || random.one_in(4));
   trial_text += "U=" + std::to_string(a.U) + " W=" + std::to_string(a.W) +
                 " V=" + std::to_string(a.V) + " width=" + std::to_string(a.width) +
                 (a.sampling ? " sampling" : "") + (ties ? " ties" : "") +
@@ -95,7 +135,8 @@ void check_step(Random& random, DType dtype) {
   Array<int32_t> first_child(a.level_nodes + 1);
   std::vector<int32_t> labels_list;
   for (int64_t node = 0; node < a.level_nodes; ++node) {
-    const int64_t fan = std::min<int64_t>(a.V, ties ? 3 : random.below(s.most + 1));
+    const int64_t fan =
+        std::min<int64_t>(a.V, ties ? (s.most > 1000 ? s.most : 3) : random.below(s.most + 1));
     std::vector<int32_t> columns;
     if (random.one_in(3)) {  // side by side
       const int64_t at = random.below(a.V - fan + 1);
@@ -261,10 +302,7 @@ void check_step(Random& random, DType dtype) {
       if (a.sampling) {
         const double parent =
             root ? scores[row] + noise(a.seed, u, 0xffffffffu, w) : perturbed[row];
-        for (Candidate& c : own) {
-          const double v = parent - c.key + std::log(-std::expm1(c.key - largest));
-          c.key = parent - std::max(v, 0.0) - std::log1p(std::exp(-std::abs(v)));
-        }
+        for (Candidate& c : own) c.key = carried(c.key, largest, parent);
       }
       all.insert(all.end(), own.begin(), own.end());
     }
@@ -319,6 +357,8 @@ int main(int argc, char** argv) {
   using genrec::DType;
   const int trials = argc > 1 ? std::atoi(argv[1]) : 10;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  Random noise_random{seed, -1};
+  check_noise(noise_random);
   for (int i = 0; i < trials; ++i)
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       Random random{seed * 1000003 + static_cast<uint64_t>(4 * i) + static_cast<uint64_t>(dtype),

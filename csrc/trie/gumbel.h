@@ -93,14 +93,20 @@ GENREC_HD float log1mexp_of(float d) {
   return d > -0.69314718f ? near : far;
 }
 
-// A Gumbel variable of location 0: -log of an exponential variable.
+// A Gumbel variable of location 0, -log(-log(1 - u)), of a counter's word.
+GENREC_HD float gumbel_of(uint32_t word) {
+  // u in (0, 1) or, in the upper half, 1 - u: whichever is small has all its digits,
+  // and so has the noise, from -3.14 to 22.87.
+  const bool upper = (word >> 31) != 0;
+  const float small = (static_cast<float>(upper ? ~word : word) + 0.5f) * 0x1p-32f;
+  const float w = upper ? small : 1.f - small;
+  const float lost = upper ? 0.f : (-small - (w - 1.f)) / w;  // as in log1p_of
+  return -log_of(-(log_of(w) + lost));
+}
+
 GENREC_HD float gumbel(uint64_t seed, uint64_t user, uint32_t level, uint32_t node) {
-  const uint32_t word =
-      philox(seed, node, level, static_cast<uint32_t>(user), static_cast<uint32_t>(user >> 32));
-  // In (0, 1), small values with all their digits: these make the largest noise.
-  const float u = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
-  const float held = u < 0.99999994f ? u : 0.99999994f;
-  return -log_of(-log1p_of(-held));
+  return gumbel_of(
+      philox(seed, node, level, static_cast<uint32_t>(user), static_cast<uint32_t>(user >> 32)));
 }
 
 // The noise of a beam that no parent conditions.
@@ -111,10 +117,13 @@ GENREC_HD float root_gumbel(uint64_t seed, uint64_t user, int64_t beam) {
 // A child's perturbed log-probability g, given that the largest of its siblings'
 // and its own, `top`, is to be the parent's:
 //   -log(exp(-parent) - exp(-top) + exp(-g)).
+// A parent of +inf leaves -log(exp(-g) - exp(-top)).
 GENREC_HD float carried_down(float g, float top, float parent) {
   const float d = g - top;
-  const float v = parent - g + log1mexp_of(d < 0.f ? d : -1.f);
-  const float lower = v > 0.f ? parent - v : parent;
+  const float rest = log1mexp_of(d < 0.f ? d : -1.f);
+  const float v = parent - g + rest;
+  // parent - v, without the digits that a large parent would cost.
+  const float lower = v > 0.f ? g - rest : parent;
   const float result = lower - log1p_of(exp_of(v > 0.f ? -v : v));
   return d < 0.f ? result : parent;
 }

@@ -421,17 +421,22 @@ __global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
     if (wanted == found.inside) break;
   }
 
-  // The kept ones meet in one list, in any order, and are sorted there.
+  // The kept ones meet in one list, in any order, and are sorted there.  Logits that
+  // someone writes meanwhile could make other candidates of this pass than were
+  // counted: more than were kept have no place, and fewer are as many as came.
   Winner* list = plan.winners + user * plan.list;
   uint32_t* counter = plan.cluster > 1 ? cluster_peer(slots, 0) : slots;
   each_candidate<T, kSampling>(a, plan, filter, user, t, [&](const Winner& w) {
-    if (bound.side(w) <= 0) list[atomicAdd(counter, 1u)] = w;
+    if (bound.side(w) > 0) return;
+    const uint32_t place = atomicAdd(counter, 1u);
+    if (place < kept) list[place] = w;
   });
   if (plan.cluster > 1)
     cluster_sync();
   else
     __syncthreads();
   if (rank != 0) return;
+  if (slots[0] < kept) kept = slots[0];
   int64_t n = 1;
   while (n < kept) n *= 2;
   const Winner last{0xffffffffu, 0xffffffffu, 0xffffffffu, 0};

@@ -143,10 +143,13 @@ def trie_sample_step(
             else:
                 last = perturbed[u, w]
             top = noisy.max()
-            v = last - noisy + torch.log(-torch.expm1(noisy - top))
-            carried = last - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
+            rest = torch.log(-torch.expm1(noisy - top))
+            v = last - noisy + rest
+            carried = torch.where(v > 0, noisy - rest, last) - torch.log1p(torch.exp(-v.abs()))
+            carried = torch.where(noisy < top, carried, last)
             for values in zip(carried.tolist(), logp.tolist(), columns.tolist(), children.tolist()):
-                candidates.append((-values[0], w, *values[1:]))
+                if values[0] > -math.inf:
+                    candidates.append((-values[0], w, *values[1:]))
         for i, (negated, w, total, column, child) in enumerate(sorted(candidates)[:width]):
             out_perturbed[u, i], out_scores[u, i] = -negated, total
             parent[u, i], token[u, i], node[u, i] = w, column, child
