@@ -202,7 +202,8 @@ static Normalizer<float> normalize_plain(const T* x, int64_t n, float inv_temper
   const float shift = static_cast<float>(product);
   if (shift > -4096 && shift < 4096) {  // beyond, x rate has lost too many digits
     const double sum = sum_of_powers(x, n, rate, guess, shift);
-    if (sum < 0x1p100) {
+    // Above, the guess lay so far below the largest logit that rounding shows.
+    if (sum < 0x1p30) {
       // Of the sum's own rate and shift; `top` takes what a float can hold of it.
       const double log_sum = std::log(sum) + (kFused ? shift : product) * kLn2;
       const double top = log_sum / (rate * kLn2);

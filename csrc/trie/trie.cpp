@@ -146,8 +146,9 @@ class Step {
     a.V = in.logits.size(1);
     require(a.V < (int64_t{1} << 31), "logits must have fewer than 2^31 columns, got ", a.V);
     require(a.W < (int64_t{1} << 31), "nodes must have fewer than 2^31 beams a user, got ", a.W);
-    require(1 <= width && width < (int64_t{1} << 31),
-            "width must be at least 1 and below 2^31, got ", width);
+    // A thread holds some 16 bytes a beam, twice.
+    require(1 <= width && width <= (int64_t{1} << 24),
+            "width must be at least 1 and at most 2^24, got ", width);
     a.width = width;
     a.inv_temperature = static_cast<float>(1 / temperature);
     require(std::isfinite(temperature) && temperature > 0 && a.inv_temperature > 0 &&
