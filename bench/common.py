@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ def interleaved(
     """Times methods in turns, so that a busy machine slows all alike.
 
     On CUDA by events, with the second-level cache overwritten before each run.  `repeats` may be a
-    number for each method; those that run less often are spread over the rounds.
+    number for each method; those that run less often are spread over the rounds.  On a virtual
+    machine, runs during which the host took the processors away are left out while others remain.
     Returns milliseconds by method: median, p20 and p80.
     """
     time_once = _cuda_timer() if device == "cuda" else _wall_clock
@@ -34,13 +36,25 @@ def interleaved(
         for _ in range(warmup):
             method()
     times: dict[str, list[float]] = {name: [] for name in methods}
+    disturbed: dict[str, list[float]] = {name: [] for name in methods}
     counts = dict.fromkeys(methods, repeats) if isinstance(repeats, int) else repeats
     rounds = max(counts.values())
     for turn in range(rounds):
         for name, method in methods.items():
             if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
-                times[name].append(time_once(method))
-    return {name: quantiles(values) for name, values in times.items()}
+                before = stolen()
+                took = time_once(method)
+                (times if stolen() - before <= 0.05 * took else disturbed)[name].append(took)
+    return {name: quantiles(times[name] or disturbed[name]) for name in methods}
+
+
+def stolen() -> float:
+    """Milliseconds that the host has taken from this machine's processors, in steps of a tick."""
+    statistics = Path("/proc/stat")
+    if not statistics.exists():
+        return 0.0
+    with statistics.open() as file:
+        return int(file.readline().split()[8]) * 1e3 / os.sysconf("SC_CLK_TCK")
 
 
 def _wall_clock(method: Callable[[], Any]) -> float:
