@@ -257,7 +257,8 @@ def by_threads(methods: dict[str, Callable[[], Any]], threads: list[int], rounds
         for n in threads:
             torch.set_num_threads(n)
             for name, method in methods.items():
-                repeats = min(15, repeats_for(seconds(method), budget / rounds))
+                # Five rounds of one run each are five runs; the first of each warms up.
+                repeats = max(1, min(15, int(budget / rounds / seconds(method))))
                 kept[n][name].append(interleaved({name: method}, repeats, warmup=0)[name]["median"])
     torch.set_num_threads(before)
     return {n: {m: quantiles(values) for m, values in kept[n].items()} for n in threads}
@@ -273,6 +274,7 @@ def scaling(quick: bool) -> list[dict]:
             "eager": faster(steps, "vocab", expected)[1],
         }
         times = by_threads(methods, [1, 2], 2 if quick else 5, 0.05 if quick else 0.5)
+        print(case, {n: round(t["genrec"]["median"], 3) for n, t in times.items()}, flush=True)
         results.append({"case": case, "times": times})
     return results
 
