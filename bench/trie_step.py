@@ -104,6 +104,8 @@ class Catalogue:
         self.trie = Trie.from_items(codes, level_offsets=self.offsets).to(device)
         self.columns = codes + torch.tensor(self.offsets) if items <= 20_000 else None
         self.levels = [Index(self.trie, level, self.K) for level in range(LEVELS)]
+        for index in self.levels[1:]:
+            index.prepare()
 
     def steps(self, buffer: torch.Tensor, users: int, width: int) -> list[Step]:
         """The steps of levels 2 to 4 on random logits, with the beams that our own steps chose.
