@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,11 +19,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    methods: dict[str, Callable[[], Any]], repeats: int = 9, warmup: int = 1, device: str = "cpu"
+    methods: dict[str, Callable[[], Any]],
+    repeats: int | dict[str, int] = 9,
+    warmup: int = 1,
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
     """Times methods in turns, so that a busy machine slows all alike.
 
-    On CUDA by events, with the second-level cache overwritten before each run.
+    On CUDA by events, with the second-level cache overwritten before each run.  `repeats` may be a
+    number for each method; those that run less often are spread over the rounds.  On a virtual
+    machine, runs during which the host took the processors away are left out while others remain.
     Returns milliseconds by method: median, p20 and p80.
     """
     time_once = _cuda_timer() if device == "cuda" else _wall_clock
@@ -30,10 +36,25 @@ def interleaved(
         for _ in range(warmup):
             method()
     times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(repeats):
+    disturbed: dict[str, list[float]] = {name: [] for name in methods}
+    counts = dict.fromkeys(methods, repeats) if isinstance(repeats, int) else repeats
+    rounds = max(counts.values())
+    for turn in range(rounds):
         for name, method in methods.items():
-            times[name].append(time_once(method))
-    return {name: quantiles(values) for name, values in times.items()}
+            if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
+                before = stolen()
+                took = time_once(method)
+                (times if stolen() - before <= 0.05 * took else disturbed)[name].append(took)
+    return {name: quantiles(times[name] or disturbed[name]) for name in methods}
+
+
+def stolen() -> float:
+    """Milliseconds that the host has taken from this machine's processors, in steps of a tick."""
+    statistics = Path("/proc/stat")
+    if not statistics.exists():
+        return 0.0
+    with statistics.open() as file:
+        return int(file.readline().split()[8]) * 1e3 / os.sysconf("SC_CLK_TCK")
 
 
 def _wall_clock(method: Callable[[], Any]) -> float:
@@ -114,14 +135,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_line() -> str:
+def machine_line(allocator: str = "default allocator") -> str:
     """The machine in one sentence, for the head of a table."""
     facts = machine()
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {facts['torch']}, CUDA {torch.version.cuda}"
     return (
         f"{facts['cpu']}, {facts['threads']} threads, {facts['instruction_set']}, "
-        f"torch {facts['torch']}, default allocator"
+        f"torch {facts['torch']}, {allocator}"
     )
 
 
@@ -135,13 +156,20 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def write_report(name: str, title: str, command: str, sections: list[str], raw: Any) -> None:
+def write_report(
+    name: str,
+    title: str,
+    command: str,
+    sections: list[str],
+    raw: Any,
+    allocator: str = "default allocator",
+) -> None:
     """Writes results/<name>.md, of lines already made, and .json; prints the first."""
     RESULTS.mkdir(exist_ok=True)
     lines = [
         f"# {title}",
         "",
-        f"`{command}` on {machine_line()}. Medians of interleaved runs, milliseconds.",
+        f"`{command}` on {machine_line(allocator)}. Medians of interleaved runs, milliseconds.",
         "",
         *sections,
     ]

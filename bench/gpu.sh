@@ -85,10 +85,13 @@ for stage in "${stages[@]}"; do
       ;;
     bench)
       if [ "$DEVICE" = cpu ]; then
-        step bench_sage "$PYTHON" bench/bench_sage.py --quick # git ignores its tables
+        # git ignores their tables
+        step bench_sage "$PYTHON" bench/bench_sage.py --quick
+        step bench_trie "$PYTHON" bench/bench_trie.py step --quick
       else
         step bench_sage "$PYTHON" bench/bench_sage.py --device cuda
-        cp bench/results/sage-cuda.* "$OUT"/ 2>/dev/null
+        step bench_trie "$PYTHON" bench/bench_trie.py step --device cuda
+        cp bench/results/{sage,trie}-cuda.* "$OUT"/ 2>/dev/null
       fi
       ;;
   esac

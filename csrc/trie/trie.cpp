@@ -88,8 +88,9 @@ const CpuKernels& kernels() {
 }
 
 void run(StepArgs& a, const Tensor&) {
-  // A thread is worth waking for about this many logits.
-  constexpr int64_t kGrain = 65536;
+  // A thread is worth waking for about this many logits: to sleep and be woken costs it some
+  // tens of microseconds.
+  constexpr int64_t kGrain = 1 << 18;
   const int64_t row_work = a.softmax == Softmax::vocab   ? a.V
                            : a.softmax == Softmax::level ? a.level_end - a.level_begin
                                                          : 256;
@@ -138,11 +139,13 @@ class Step {
         require(false, "logits must be float32, bfloat16 or float16, got ",
                 torch::headeronly::toString(in.logits.scalar_type()));
     }
-    require(in.nodes.dim() == 2, "nodes must have shape [U, W], got ", shape_text(in.nodes));
+    // Texts of shapes are made only where something is wrong.
+    if (in.nodes.dim() != 2)
+      require(false, "nodes must have shape [U, W], got ", shape_text(in.nodes));
     a.U = in.nodes.size(0), a.W = in.nodes.size(1);
-    require(in.logits.dim() == 2 && in.logits.size(0) == a.U * a.W,
-            "logits must have shape [U * W, V] with U * W = ", a.U * a.W, ", got ",
-            shape_text(in.logits));
+    if (in.logits.dim() != 2 || in.logits.size(0) != a.U * a.W)
+      require(false, "logits must have shape [U * W, V] with U * W = ", a.U * a.W, ", got ",
+              shape_text(in.logits));
     a.V = in.logits.size(1);
     require(a.V < (int64_t{1} << 31), "logits must have fewer than 2^31 columns, got ", a.V);
     require(a.W < (int64_t{1} << 31), "nodes must have fewer than 2^31 beams a user, got ", a.W);

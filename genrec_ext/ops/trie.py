@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from ..trie import Trie
 
 
+def _plain(x: Tensor) -> Tensor:
+    """Without gradient; most often as it is."""
+    return x.detach() if x.requires_grad else x
+
+
 def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> dict[str, Any]:
     """What a step may not enter, as the operators take it."""
     if forbidden is None or isinstance(forbidden, Tensor):
@@ -81,8 +86,8 @@ def trie_beam_step(
     """
     level_begin, level_end = trie.level_columns(level, logits.shape[-1])
     return torch.ops.genrec.trie_beam_step(
-        logits.detach(),
-        scores.detach().float(),
+        _plain(logits),
+        _plain(scores).float(),
         _integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
@@ -145,9 +150,9 @@ def trie_sample_step(
     the generator and its counters are ours.
     """
     return torch.ops.genrec.trie_sample_step(
-        logits.detach(),
-        scores.detach().float(),
-        None if perturbed is None else perturbed.detach().float(),
+        _plain(logits),
+        _plain(scores).float(),
+        None if perturbed is None else _plain(perturbed).float(),
         _integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
