@@ -3,10 +3,12 @@
 import copy
 import itertools
 import math
+import os
 import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import genrec_ext
 from genrec_ext import Trie, beam_search
 from genrec_ext.integrations import hf
 
@@ -618,12 +621,21 @@ def test_mask_errors():
         hf.prefix_allowed_tokens_fn(trie, 4)(0, ids[0])
 
 
-def test_genrec_itself_needs_no_transformers():
+def test_genrec_itself_needs_no_transformers(tmp_path):
     script = (
         "import sys; sys.modules['transformers'] = None\n"
         "import genrec_ext\n"
         "try: import genrec_ext.integrations.hf\n"
         "except ImportError as error: print(error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # The package that is tested, and not a checkout's folder that the tests run in.
+    where = {**os.environ, "PYTHONPATH": str(Path(genrec_ext.__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=where,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "needs transformers 4.57 or later: pip install 'genrec-ext[hf]'" in run.stdout

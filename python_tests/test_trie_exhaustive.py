@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import genrec_ext
 from genrec_ext import Trie, beam_search, info, trie_beam_step
 
 TRIES = int(os.environ.get("GENREC_TRIES", "200"))
@@ -312,14 +313,18 @@ def test_steps_equal_exhaustive_enumeration():
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
-def test_each_instruction_set_steps_as_enumerated(isa):
+def test_each_instruction_set_steps_as_enumerated(isa, tmp_path):
     """The test above in a process of its own."""
     if isa == CURRENT or ORDER.index(isa) > ORDER.index(CURRENT):
         pytest.skip(f"this process uses {CURRENT}: tested above, and more is not to be had")
     test = f"{Path(__file__)}::test_steps_equal_exhaustive_enumeration"
+    # The package that is tested, and not a checkout's folder that the tests run in.
+    package = str(Path(genrec_ext.__file__).parents[1])
+    settings = {"GENREC_ISA": isa, "GENREC_TRIES": str(min(TRIES, 60)), "PYTHONPATH": package}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env={**os.environ, "GENREC_ISA": isa, "GENREC_TRIES": str(min(TRIES, 60))},
+        cwd=tmp_path,
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
     )
