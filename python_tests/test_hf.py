@@ -602,6 +602,15 @@ def test_sampling_under_the_mask_gives_items_and_then_the_end():
     assert (out[:, 3] == EOS).all()
 
 
+def test_masks_leave_out_what_is_unavailable():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]]).removing([0, 2])
+    masked = hf.TrieLogitsProcessor(trie, 1)
+    start, inside = torch.tensor([[9]]), torch.tensor([[9, 0]])
+    for ids, want in ((start, [0]), (inside, [2])):
+        assert masked(ids, torch.zeros(1, 4))[0].isfinite().nonzero().flatten().tolist() == want
+        assert hf.prefix_allowed_tokens_fn(trie, 1)(0, ids[0]) == want
+
+
 def test_mask_errors():
     trie = Trie.from_items([[0, 1], [3, 1]])
     empty = Trie.from_items(torch.zeros(0, 2, dtype=torch.int64))

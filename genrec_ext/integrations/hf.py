@@ -666,16 +666,12 @@ def _allowed(trie: Trie, generated: Tensor, eos: int | None) -> tuple[Tensor, Te
     offsets = trie.level_offsets or [0] * trie.levels
     for level in range(t):
         nodes = trie.child(level, nodes, generated[:, level] - offsets[level])
-    first, labels = trie.first_child(t), trie.labels(t)
-    live = nodes.clamp(min=0)
-    begin = first[live].long()
-    fan = torch.where(nodes < 0, 0, first[live + 1].long() - begin)
-    row = rows.repeat_interleave(fan)
-    place = torch.arange(len(row), device=row.device) - (fan.cumsum(0) - fan)[row]
-    column = labels[begin[row] + place].long()
+    column, begin = trie.allowed(t, nodes)
+    fan = begin.diff()
     # A row without a column would be NaN once it is normalised.
-    lost = (nodes < 0).nonzero().flatten()
-    way_out = labels.min().long() if eos is None else torch.tensor(eos, device=row.device)
+    lost = (fan == 0).nonzero().flatten()
+    way_out = trie.labels(t).min().long() if eos is None else torch.tensor(eos, device=rows.device)
+    row = rows.repeat_interleave(fan)
     return torch.cat([row, lost]), torch.cat([column, way_out.expand(len(lost))])
 
 
