@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
@@ -123,6 +123,21 @@ def test_token_logps_gradcheck_with_every_support(ours, masked, support, tempera
     want = reference.token_logps(logits, tokens, **settings)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(got, want))
     assert gradcheck(lambda x: ours.token_logps(x, tokens, **settings), logits)
+    assert gradgradcheck(lambda x: ours.token_logps(x, tokens, **settings), logits)
+
+
+def test_gradients_of_token_logps_with_a_graph_are_the_kernels(ours):
+    logits, tokens, _, _ = batch()
+    logits[0, 0, 5:] = -torch.inf  # impossible tokens beside possible ones
+    tokens[0, 0] = 2
+    logits.requires_grad_()
+    logps, entropy = ours.token_logps(logits, tokens)
+    total = logps.sum() + entropy.sum()
+    (plain,) = torch.autograd.grad(total, logits, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(total, logits, create_graph=True)
+    assert differentiable.requires_grad and not plain.requires_grad
+    torch.testing.assert_close(differentiable, plain, rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(differentiable.square().sum(), logits)[0].isfinite().all()
 
 
 def test_gradient_is_exactly_zero_outside_the_support(ours):

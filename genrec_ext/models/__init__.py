@@ -5,5 +5,6 @@ A model here offers what decoding and training ask for: `encode`, `logits`, `ste
 """
 
 from .compact import CompactConfig, CompactRecommender
+from .soft_codes import SoftCodes
 
-__all__ = ["CompactConfig", "CompactRecommender"]
+__all__ = ["CompactConfig", "CompactRecommender", "SoftCodes"]

@@ -8,7 +8,8 @@ docs/model.md says what each choice brought on validation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from ..decode import StepFn
 from ..ops import token_logps
 from ..trie import Trie
 from .layers import Dropout, HistoryBlock
+from .soft_codes import SoftCodes
 
 CodeLoss = Callable[[Tensor, Tensor], "tuple[Tensor, dict[str, Tensor]]"]
 """`(state [R, d], target [R]) -> (loss, parts)`; see :meth:`CompactRecommender.sequence_loss`."""
@@ -100,11 +102,19 @@ class _Items(nn.Module):
         self.described = None if features is None else nn.Linear(features.shape[1], width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, items: Tensor) -> Tensor:
+    def forward(self, items: Tensor, soft: SoftCodes | None = None) -> Tensor:
         """Integers `[...]`, none negative, to `[..., d]`."""
+        if soft is not None:  # each item once, as its gradient is summed anyway
+            place = soft.place(items)
+            items = soft.items
+            parts = [soft.vectors(level, table) for level, table in enumerate(self.levels)]
+            return self._joined(items, parts)[place]
         codes = self.codes[items]
         parts = [table(codes[..., level]) for level, table in enumerate(self.levels)]
-        x = self.join(torch.cat(parts, -1)) + self.own(items)
+        return self._joined(items, parts)
+
+    def _joined(self, items: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        x = self.join(torch.cat(list(parts), -1)) + self.own(items)
         if self.described is not None and self.features is not None:
             x = x + self.described(self.features[items])
         return self.norm(x)
@@ -125,14 +135,17 @@ class _Level(nn.Module):
         nn.init.normal_(self.codes.weight, std=_SPREAD)
         nn.init.zeros_(self.codes.bias)
 
-    def forward(self, state: Tensor, prefix: Tensor) -> Tensor:
-        """`state [R, d]`, `prefix [R, l]` codes within their levels; returns `[R, K_l]`."""
-        parts = [table(prefix[:, place]) for place, table in enumerate(self.prefix)]
+    def vectors(self, prefix: Tensor) -> list[Tensor]:
+        """A vector for each of the codes `prefix [R, l]`."""
+        return [table(prefix[:, place]) for place, table in enumerate(self.prefix)]
+
+    def forward(self, state: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """`state [R, d]` and :meth:`vectors` of the codes before it; returns `[R, K_l]`."""
         x = self.mix_out(F.gelu(self.mix_in(torch.cat([state, *parts], -1))))
         if self.gate is None:
             x = x + state
         else:
-            asked = torch.stack(parts).sum(0)
+            asked = torch.stack(list(parts)).sum(0)
             x = x + state * (1 + self.gate(asked)) + asked
         return self.codes(self.norm(x))
 
@@ -189,15 +202,14 @@ class CompactRecommender(nn.Module):
         self.level_sizes = [int(size) for size in level_sizes]
         offsets = np.cumsum([0, *self.level_sizes])[:-1]
         self.register_buffer("level_offsets", torch.from_numpy(offsets), persistent=False)
-        # The codes that may follow each item's prefixes, as the scoring operators take them.
-        trie = Trie.from_items(codes)
-        for name, part in zip(
-            ("_columns", "_begin", "_end"), trie.support(trie.nodes_of(codes)), strict=True
-        ):
-            self.register_buffer(name, part, persistent=False)
+        for name in ("_columns", "_begin", "_end"):
+            self.register_buffer(name, None, persistent=False)
+        self._soft: SoftCodes | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._build(codes, features)
+        self._index()
+        self.register_load_state_dict_post_hook(lambda module, _: module._index())
 
     def _build(self, codes: Tensor, features: Tensor | None) -> None:
         config, sizes = self.config, self.level_sizes
@@ -221,6 +233,43 @@ class CompactRecommender(nn.Module):
     def codes(self) -> Tensor:
         """`[N, L]` int64, each item's semantic ID."""
         return self.items.codes
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Gives every item a new semantic ID; tries made before keep the old ones.
+
+        Args:
+            codes: `[N, L]` integers, as large as before, each within its level.
+
+        Raises:
+            ValueError: a shape, dtype or code is wrong.
+        """
+        if codes.shape != self.codes.shape:
+            raise ValueError(
+                f"codes: {list(codes.shape)}; expected {list(self.codes.shape)}, as they were"
+            )
+        self.items.codes.copy_(_checked_codes(codes, self.level_sizes))
+        self._index()
+
+    def _index(self) -> None:
+        """The codes that may follow each item's prefixes, as the scoring operators take them."""
+        codes = self.codes.cpu()
+        trie = Trie.from_items(codes)
+        self._columns, self._begin, self._end = (
+            part.to(self.codes.device) for part in trie.support(trie.nodes_of(codes))
+        )
+
+    @contextmanager
+    def soft_codes(self, soft: SoftCodes) -> Iterator[None]:
+        """Within it, gradients of items read and scored reach the distributions of `soft`.
+
+        :meth:`states` and :meth:`item_rows` then take only items that `soft` has, and give the same
+        values as without; labels, and the candidates of :meth:`candidate_logps`, stay hard.
+        """
+        self._soft = soft
+        try:
+            yield
+        finally:
+            self._soft = None
 
     @property
     def num_items(self) -> int:
@@ -278,7 +327,9 @@ class CompactRecommender(nn.Module):
         if most < T:
             raise ValueError(f"history has {T} columns; expected at most max_history {most}")
         real = history >= 0
-        x = self.dropout(self.items(history.clamp(min=0)))
+        # A padded place takes any item that is there: nothing looks at it.
+        filler = 0 if self._soft is None else int(self._soft.items[0])
+        x = self.dropout(self.items(torch.where(real, history, filler), self._soft))
         past = torch.ones(T, T, dtype=torch.bool, device=history.device).tril()
         itself = torch.eye(T, dtype=torch.bool, device=history.device)
         visible = (past & real.unsqueeze(1)) | itself  # padding sees itself, so no row is empty
@@ -316,7 +367,8 @@ class CompactRecommender(nn.Module):
         Returns:
             `[R, K_l]`, l being the level.
         """
-        return self.depth[prefix.shape[1]](state, prefix)
+        level = self.depth[prefix.shape[1]]
+        return level(state, level.vectors(prefix))
 
     def logits(self, state: Tensor, codes: Tensor) -> Tensor:
         """Teacher forcing: the logits of all levels, given the codes before each.
@@ -355,8 +407,15 @@ class CompactRecommender(nn.Module):
         # As wide as the widest level; no support reaches into the padding.
         widest = max(self.level_sizes)
         rows = []
+        place = None if self._soft is None else self._soft.place(items)
         for level, size in enumerate(self.level_sizes):
-            level_logits = self.level_logits(state, codes[:, :level])
+            if self._soft is None or place is None:
+                level_logits = self.level_logits(state, codes[:, :level])
+            else:
+                depth = self.depth[level]
+                tables = enumerate(depth.prefix)
+                parts = [self._soft.vectors(at, table)[place] for at, table in tables]
+                level_logits = depth(state, parts)
             rows.append(F.pad(level_logits, (0, widest - size)))
         if self.config.softmax == "children":
             lists = (self._columns, self._begin[items], self._end[items])

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..reference.policy import SageConfig, SageStats
 from ._shared import (
     SUPPORT,
@@ -132,7 +133,8 @@ def token_logps(
 
     Returns:
         ``(logps, entropy)``, each ``[N, T]``, float32 (float64 for float64 logits); entropy in
-        nats.  Both are differentiable in ``logits``; the gradient is exactly 0 outside the support.
+        nats.  Both are differentiable in ``logits``, with ``create_graph=True`` any number of times
+        (then by the definition in plain PyTorch); the gradient is exactly 0 outside the support.
         A row without any supported column scores -100 with entropy 0.  A row that holds NaN or
         +inf, or nothing above -inf, gives NaN; -inf beside finite logits is an impossible token.
 
@@ -207,8 +209,20 @@ def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
 def _token_logps_grad(
     ctx: Any, grad_logps: Tensor, grad_entropy: Tensor, _: Any
 ) -> tuple[Tensor | None, ...]:
-    first_order_only()
     logits, tokens, norm, entropy, mask, *support = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # With create_graph: the same derivative, by operators that have one themselves.
+        ranges, *columns = support
+        results = reference.token_logps(
+            logits,
+            tokens,
+            mask=mask,
+            ranges=ranges,
+            columns=None if columns[0] is None else tuple(columns),  # type: ignore[arg-type]
+            temperature=ctx.temperature,
+        )
+        (grad,) = torch.autograd.grad(results, logits, (grad_logps, grad_entropy), create_graph=True)
+        return (grad, *(None,) * (ctx.inputs - 1))
     grad = torch.ops.genrec.token_logps_backward(
         grad_logps,
         grad_entropy,
