@@ -1,4 +1,4 @@
-"""Files of one-dimensional integer tensors: the safetensors format, with a version and a checksum.
+"""Files of tensors: the safetensors format, with a version and a checksum.
 
 A file is eight bytes of header length (little endian), a JSON header that gives each tensor's
 dtype, shape and place, and the tensors end to end.  ``__metadata__`` in the header holds strings:
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 _DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
@@ -42,8 +45,11 @@ def write_tensors(
 
     Args:
         format, version: what :func:`read_tensors` must be asked for.
-        tensors: one-dimensional, int64, int32 or uint8.
+        tensors: float64, float32, int64, int32 or uint8.
         metadata: further strings for the header.
+
+    Raises:
+        ValueError: a tensor has another dtype.
     """
     target = Path(path)
     # Wide elements first: then each tensor is aligned, since the header is padded to 8 bytes.
@@ -58,6 +64,9 @@ def write_tensors(
     }
     at = 0
     for name, array in ordered:
+        if array.dtype not in _NAMES:
+            known = ", ".join(str(dtype) for dtype in _NAMES)
+            raise ValueError(f"{name} must be one of {known}, got {array.dtype}")
         end = at + array.nbytes
         dtype = _NAMES[array.dtype]
         entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, end]}
@@ -147,18 +156,25 @@ def read_tensors(
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             fail(f"{name}.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        if not _are_sizes(shape, 1):
-            fail(f"{name}.shape must be one size, got {shape!r}")
-        if not _are_sizes(offsets, 2) or not offsets[0] <= offsets[1] <= len(data):
+        if not _are_sizes(shape):
+            fail(f"{name}.shape must be a list of sizes, got {shape!r}")
+        if (
+            not _are_sizes(offsets)
+            or len(offsets) != 2
+            or not offsets[0] <= offsets[1] <= len(data)
+        ):
             fail(f"{name}.data_offsets must lie in [0, {len(data)}] in order, got {offsets!r}")
         begin, end = offsets
         wide = _DTYPES[dtype].itemsize
-        if shape[0] * wide != end - begin:
-            fail(f"{name} has {end - begin} bytes, but {shape[0]} elements of {dtype}")
+        if math.prod(shape) * wide != end - begin:
+            fail(f"{name} has {end - begin} bytes, but {math.prod(shape)} elements of {dtype}")
         if (8 + length + begin) % wide:
             fail(f"{name}.data_offsets are not aligned to its {wide}-byte elements")
         places.append((begin, end, name))
-        tensors[name] = data[begin:end].view(_DTYPES[dtype])
+        try:
+            tensors[name] = data[begin:end].view(_DTYPES[dtype]).reshape(shape)
+        except ValueError as error:  # more dimensions than NumPy has
+            fail(f"{name}.shape: {error}")
     at = 0
     for begin, end, name in sorted(places):
         if begin != at:
@@ -169,12 +185,8 @@ def read_tensors(
     return metadata, tensors
 
 
-def _are_sizes(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(value) is int and value >= 0 for value in values)
-    )
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

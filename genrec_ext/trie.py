@@ -380,6 +380,9 @@ class Trie:
         """
         metadata, tensors = read_tensors(path, FORMAT, VERSION)
         try:
+            for name, array in tensors.items():
+                if array.ndim != 1:
+                    raise ValueError(f"{name}.shape must be one size, got {list(array.shape)}")
             levels = sum(name.startswith("first_child.") for name in tensors)
             if not levels:
                 raise ValueError("there is no first_child.0")

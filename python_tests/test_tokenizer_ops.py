@@ -535,6 +535,11 @@ def test_report_is_its_definition(case):
         differences = sum(abs(a - b) for a in loads for b in loads)
         want = differences / (2 * len(loads) * max(sum(loads), 1))
         assert gini == pytest.approx(want, abs=1e-12)
+    shares = [
+        torch.tensor(list(Counter(level.tolist()).values())) / len(codes) for level in codes.T
+    ]
+    entropies = [-(s.double() * s.double().log2()).sum().item() for s in shares]
+    assert said["entropy_bits"] == pytest.approx(entropies, abs=1e-5)
 
 
 # ---- errors ----

@@ -5,22 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
+from genrec_ext import sid_report
 from genrec_ext.data import Interactions, generate, leave_one_out
 from genrec_ext.tokenizers import (
     ResidualKMeans,
     covisitation_embeddings,
-    disambiguate,
-    report,
     text_embeddings,
     tokenize,
 )
@@ -121,13 +116,6 @@ def test_global_random_state_is_left_alone() -> None:
     ResidualKMeans(2, 8).fit(cloud())
     covisitation_embeddings([np.array([0, 1, 2])], 3, 2)
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = cloud()
-    whole = ResidualKMeans(2, 8).fit(vectors).encode(vectors)
-    monkeypatch.setattr(module, "_CHUNK", 7)
-    assert torch.equal(ResidualKMeans(2, 8).fit(vectors).encode(vectors), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -257,46 +245,9 @@ def test_covisitation_embeddings_errors() -> None:
 
 # Semantic IDs
 
-paths = hnp.arrays(
-    np.int64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.integers(0, 2)
-)
 
-
-@given(paths, st.integers(0, 3))
-def test_disambiguate(codes: np.ndarray, seed: int) -> None:
-    separate = disambiguate(codes, seed)
-    assert (separate[:, :-1] == codes).all()
-    assert len({tuple(row) for row in separate.tolist()}) == len(codes)
-    # Suffixes of a path are 0, 1, 2, ... without a gap.
-    for path, size in Counter(map(tuple, codes.tolist())).items():
-        suffixes = separate[(codes == path).all(axis=1), -1]
-        assert sorted(suffixes.tolist()) == list(range(size))
-
-
-def test_suffixes_do_not_follow_ids() -> None:
-    suffixes = disambiguate(np.zeros((400, 2), dtype=np.int64), seed=0)[:, -1]
-    # The standard deviation of a chance correlation is 0.05.
-    assert abs(np.corrcoef(np.arange(400), suffixes)[0, 1]) < 0.2
-    assert (suffixes != disambiguate(np.zeros((400, 2), dtype=np.int64), seed=1)[:, -1]).any()
-
-
-@given(paths)
-def test_report_is_its_definition(codes: np.ndarray) -> None:
-    said = report(codes)
-    sizes = Counter(map(tuple, codes.tolist()))
-    assert said["items"] == len(codes)
-    assert said["paths"] == len(sizes)
-    colliding = sum(size for size in sizes.values() if size > 1)
-    assert said["collision_rate"] == pytest.approx(colliding / len(codes))
-    assert said["codes_used"] == [len(set(level)) for level in codes.T.tolist()]
-    shares = [np.array(list(Counter(level).values())) / len(codes) for level in codes.T.tolist()]
-    assert said["entropy_bits"] == pytest.approx([-(s * np.log2(s)).sum() for s in shares])
-
-
-def test_codes_of_the_wrong_kind() -> None:
-    for function in (disambiguate, report):
-        with pytest.raises(ValueError, match=r"codes: .*\[3\]; expected integers with 2 dim"):
-            function(np.zeros(3, dtype=np.int64))
+def collision_rate(codes: np.ndarray) -> float:
+    return sid_report(torch.from_numpy(codes))["collision_rate"]
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +259,7 @@ def data() -> Interactions:
 def test_tokenize_by_text_puts_like_items_together(data: Interactions) -> None:
     """Items of one first code share a taste more often than items at random."""
     codes = tokenize(data, leave_one_out(data), codebook_size=32)
-    assert codes.dtype == np.int64 and report(codes)["collision_rate"] == 0.0
+    assert codes.dtype == np.int64 and collision_rate(codes) == 0.0
     assert data.texts is not None
     taste = np.array([text.split(" for ")[1].split(" by ")[0] for text in data.texts])
     same_code = codes[:, None, 0] == codes[None, :, 0]
@@ -336,7 +287,7 @@ def test_tokenize_without_text_gives_unseen_items_random_ids(data: Interactions)
     unseen = split.train_counts() == 0
     assert unseen.sum() >= 12
     codes = tokenize(data, split, codebook_size=16)
-    assert report(codes)["collision_rate"] == 0.0
+    assert collision_rate(codes) == 0.0
     assert codes[:, :3].min() >= 0 and codes[:, :3].max() < 16
     # Left to k-means they would all be zero vectors on one path.
     assert len(np.unique(codes[unseen, :3], axis=0)) > 0.8 * unseen.sum()

@@ -1,14 +1,17 @@
 """Items to semantic IDs."""
 
+from .base import Tokenizer, kinds, load
 from .embeddings import covisitation_embeddings, text_embeddings
-from .residual_kmeans import ResidualKMeans
-from .semantic_ids import disambiguate, report, tokenize
+from .residual_kmeans import BalancedResidualKMeans, ResidualKMeans
+from .semantic_ids import tokenize
 
 __all__ = [
+    "BalancedResidualKMeans",
     "ResidualKMeans",
+    "Tokenizer",
     "covisitation_embeddings",
-    "disambiguate",
-    "report",
+    "kinds",
+    "load",
     "text_embeddings",
     "tokenize",
 ]

@@ -10,10 +10,12 @@ import warnings
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genrec_ext.data import Interactions, Split
-from genrec_ext.metrics import collision_groups
+from genrec_ext.ops import resolve_collisions, sid_report
 
+from .base import Tokenizer
 from .embeddings import covisitation_embeddings, text_embeddings
 from .residual_kmeans import ResidualKMeans
 
@@ -31,7 +33,7 @@ def tokenize(
 
     Residual k-means over the items' texts where there are any and scikit-learn is installed, else
     over what they occur with in training. An item about which neither tells anything gets random
-    codes. Where items share a path, `disambiguate` adds a level.
+    codes. Where items share a path, `genrec_ext.resolve_collisions` adds a level.
 
     Args:
         data: the catalogue.
@@ -58,58 +60,23 @@ def tokenize(
     else:
         embeddings = covisitation_embeddings(split.train, data.num_items, dimensions, seed)
 
+    codes = fit_codes(ResidualKMeans(levels, codebook_size, seed), embeddings, seed)
+    collide = sid_report(codes)["collision_rate"]
+    return (resolve_collisions(codes, "suffix", seed=seed) if collide else codes).numpy()
+
+
+def fit_codes(
+    tokenizer: Tokenizer, embeddings: Tensor, seed: int, *, progress: bool = False
+) -> Tensor:
+    """Codes of all items by a tokenizer fitted on them, int64 `[N, levels]`.
+
+    Rows of zeros, of items about which nothing is known, get random codes: a tokenizer would put
+    them all on one path. Where all rows are so, the tokenizer stays as it was.
+    """
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(codebook_size, (data.num_items, levels), generator=generator)
-    known = embeddings.norm(dim=1) > 0
+    shape = len(embeddings), tokenizer.levels
+    codes = torch.randint(tokenizer.codebook_size, shape, generator=generator)
+    known = (embeddings != 0).any(1)
     if known.any():
-        tokenizer = ResidualKMeans(levels, codebook_size, seed).fit(embeddings[known])
-        codes[known] = tokenizer.encode(embeddings[known])
-    ids = codes.numpy()
-    return disambiguate(ids, seed) if report(ids)["collision_rate"] else ids
-
-
-def disambiguate(codes: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Append a level that tells apart the items of one path.
-
-    Items of a path are numbered from 0 in random order: their ids would tell which came first.
-
-    Args:
-        codes: int64 `[N, L]`.
-        seed: of the order.
-
-    Returns:
-        int64 `[N, L + 1]`, no two rows equal; 0 in the last level of an item alone on its path.
-    """
-    path = collision_groups(codes)
-    order = np.random.default_rng(seed).permutation(len(path))
-    by_path = order[np.argsort(path[order], kind="stable")]
-    ordered = path[by_path]
-    suffix = np.empty(len(path), dtype=np.int64)
-    suffix[by_path] = np.arange(len(path)) - np.searchsorted(ordered, ordered)
-    return np.concatenate([codes, suffix[:, None]], axis=1)
-
-
-def report(codes: np.ndarray) -> dict[str, int | float | list[int] | list[float]]:
-    """What semantic IDs `codes [N, L]` look like, ready for JSON.
-
-    Returns:
-        `items`; `paths` (distinct IDs); `collision_rate` (share of items that share their ID with
-        another); by level `codes_used` (distinct codes) and `entropy_bits` (Shannon entropy of the
-        codes; log2 of the codebook's size where all are used equally).
-    """
-    path = collision_groups(codes)
-    sizes = np.bincount(path)
-    used, entropies = [], []
-    for level in codes.T:
-        counts = np.unique(level, return_counts=True)[1]
-        shares = counts / max(counts.sum(), 1)
-        used.append(len(counts))
-        # abs: one code alone gives -0.0.
-        entropies.append(abs(float((shares * np.log2(shares)).sum())))
-    return {
-        "items": len(codes),
-        "paths": len(sizes),
-        "collision_rate": float((sizes[path] > 1).mean()) if len(path) else 0.0,
-        "codes_used": used,
-        "entropy_bits": entropies,
-    }
+        codes[known] = tokenizer.fit(embeddings[known], progress=progress).fitted_codes
+    return codes
