@@ -58,7 +58,33 @@ def _parser() -> argparse.ArgumentParser:
         help="of the sft stage: cross-entropy over all codes of a level (ce) or those that can "
         "follow (msl), BEAR, or APAO's two forms (default: msl)",
     )
-    train.add_argument("--stages", default="sft,rl", help="sft or sft,rl (default: %(default)s)")
+    train.add_argument(
+        "--stages", default="sft,rl", help="of sft, bilevel and rl, in this order (default: sft,rl)"
+    )
+    train.add_argument(
+        "--tokenizer",
+        choices=("data", "rqvae"),
+        help="the data's semantic IDs, or residual k-means where they have none (data), or an "
+        "RQ-VAE (default: rqvae for the stage bilevel, else data)",
+    )
+    bilevel = train.add_argument_group("the stage bilevel")
+    bilevel.add_argument(
+        "--joint",
+        choices=("bilevel", "alternating", "simultaneous"),
+        help="how tokenizer and recommender share it: BLOGER, ETEGRec's whole epochs in turn, or "
+        "both at every step (default: bilevel)",
+    )
+    bilevel.add_argument(
+        "--order", choices=("0", "1", "fd", "2"), help="of the meta-gradient (default: fd)"
+    )
+    bilevel.add_argument(
+        "--surgery",
+        choices=("projection", "released", "none"),
+        help="of conflicting gradients (default: projection)",
+    )
+    bilevel.add_argument(
+        "--updates-per-epoch", type=_positive(int), help="of the tokenizer (default: 1)"
+    )
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
     )
@@ -106,6 +132,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(training.summary(training.train(config)))
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "train":
+        given = {
+            name: getattr(arguments, name)
+            for name in ("joint", "order", "surgery", "updates_per_epoch")
+            if getattr(arguments, name) is not None
+        }
+        if given.get("order", "fd") != "fd":
+            given["order"] = int(given["order"])
         config = training.TrainConfig(
             data=arguments.data,
             out=arguments.out,
@@ -116,6 +149,8 @@ def _run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             stages=tuple(arguments.stages.split(",")),
             resume=arguments.resume,
+            tokenizer=arguments.tokenizer,
+            bilevel=training.BilevelConfig(**given),
             sft=training.SFTConfig(objective=arguments.objective),
         )
         print(training.summary(training.train(config)))

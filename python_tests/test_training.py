@@ -223,7 +223,14 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
 @pytest.mark.parametrize(
     "text, changes",
     (
-        ("stages must be sft or sft,rl, got rl", {"stages": ("rl",)}),
+        ("stages must be of sft,bilevel,rl, .* got rl", {"stages": ("rl",)}),
+        ("stages must be of .* got rl,sft", {"stages": ("rl", "sft")}),
+        ("stages must be of .* got sft,sleep", {"stages": ("sft", "sleep")}),
+        ("stages must be of .* got $", {"stages": ()}),
+        ("tokenizer must be one of data, rqvae, got 'x'", {"tokenizer": "x"}),
+        ("tokenizer must be rqvae", {"tokenizer": "data", "stages": ("bilevel",)}),
+        ("rqvae: .* expected none", {"rqvae": {"levels": 2}}),
+        ("levels: 0; expected 1", {"tokenizer": "rqvae", "rqvae": {"levels": 0}}),
         ("minutes must be positive", {"minutes": 0.0}),
         ("epochs must be at least 1", {"epochs": 0}),
     ),

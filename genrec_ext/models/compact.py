@@ -107,7 +107,10 @@ class _Items(nn.Module):
         if soft is not None:  # each item once, as its gradient is summed anyway
             place = soft.place(items)
             items = soft.items
-            parts = [soft.vectors(level, table) for level, table in enumerate(self.levels)]
+            parts = [
+                soft.vectors(level, table)  # type: ignore[arg-type]
+                for level, table in enumerate(self.levels)
+            ]
             return self._joined(items, parts)[place]
         codes = self.codes[items]
         parts = [table(codes[..., level]) for level, table in enumerate(self.levels)]
@@ -368,7 +371,7 @@ class CompactRecommender(nn.Module):
             `[R, K_l]`, l being the level.
         """
         level = self.depth[prefix.shape[1]]
-        return level(state, level.vectors(prefix))
+        return level(state, level.vectors(prefix))  # type: ignore[operator]
 
     def logits(self, state: Tensor, codes: Tensor) -> Tensor:
         """Teacher forcing: the logits of all levels, given the codes before each.
@@ -412,10 +415,11 @@ class CompactRecommender(nn.Module):
             if self._soft is None or place is None:
                 level_logits = self.level_logits(state, codes[:, :level])
             else:
-                depth = self.depth[level]
-                tables = enumerate(depth.prefix)
-                parts = [self._soft.vectors(at, table)[place] for at, table in tables]
-                level_logits = depth(state, parts)
+                parts = [
+                    self._soft.vectors(at, table)[place]  # type: ignore[arg-type]
+                    for at, table in enumerate(self.depth[level].prefix)  # type: ignore[arg-type]
+                ]
+                level_logits = self.depth[level](state, parts)
             rows.append(F.pad(level_logits, (0, widest - size)))
         if self.config.softmax == "children":
             lists = (self._columns, self._begin[items], self._end[items])

@@ -221,7 +221,9 @@ def _token_logps_grad(
             columns=None if columns[0] is None else tuple(columns),  # type: ignore[arg-type]
             temperature=ctx.temperature,
         )
-        (grad,) = torch.autograd.grad(results, logits, (grad_logps, grad_entropy), create_graph=True)
+        (grad,) = torch.autograd.grad(
+            results, logits, (grad_logps, grad_entropy), create_graph=True
+        )
         return (grad, *(None,) * (ctx.inputs - 1))
     grad = torch.ops.genrec.token_logps_backward(
         grad_logps,

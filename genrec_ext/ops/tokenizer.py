@@ -372,7 +372,7 @@ def _checked_codes(codes: Tensor) -> Tensor:
     return codes
 
 
-def _keys(codes: Tensor) -> Tensor:
+def path_keys(codes: Tensor) -> Tensor:
     """``[N]`` int64: equal where rows are, ascending in the order of the rows."""
     keys, size = codes.new_zeros(len(codes)), 1
     for level in codes.T:
@@ -465,7 +465,7 @@ def resolve_collisions(
             f'method must be one of "suffix", "sinkhorn", "min_cost", "capacity", got "{method}"'
         )
     if method == "suffix":
-        keys = _keys(codes)
+        keys = path_keys(codes)
         order = _in_order(keys, seed)
         suffix = torch.empty_like(keys)
         suffix[order] = _ranks(_begins(keys[order]))
@@ -505,7 +505,7 @@ def _reassign(
     codes: Tensor, distances: Tensor | None, size: int, capacity: int, seed: int
 ) -> Tensor:
     """Last codes, no ID with more than ``capacity`` items."""
-    prefixes = _keys(codes[:, :-1])
+    prefixes = path_keys(codes[:, :-1])
     last = codes[:, -1].contiguous()
     # Two sorts, as prefix and last code together may not fit a key.
     order = _in_order(last, seed)
@@ -533,9 +533,9 @@ _ELEMENTS = 1 << 24
 
 def _spread(codes: Tensor, distances: Tensor, epsilon: float, iterations: int, seed: int) -> Tensor:
     codes = codes.clone()
-    prefixes, K = _keys(codes[:, :-1]), distances.shape[1]
+    prefixes, K = path_keys(codes[:, :-1]), distances.shape[1]
     for _ in range(_ROUNDS):
-        keys = _keys(torch.stack([prefixes, codes[:, -1]], 1))
+        keys = path_keys(torch.stack([prefixes, codes[:, -1]], 1))
         order = _in_order(keys, seed)
         begins = _begins(keys[order])
         counts = torch.bincount(begins.cumsum(0) - 1) if len(order) else order
@@ -575,7 +575,7 @@ def sid_report(codes: Tensor) -> dict[str, int | float | list[int] | list[float]
     """
     codes = _checked_codes(codes)
     N = len(codes)
-    sizes = torch.unique(_keys(codes), return_counts=True)[1] if N else codes.new_zeros(0)
+    sizes = torch.unique(path_keys(codes), return_counts=True)[1] if N else codes.new_zeros(0)
     used, entropies, ginis = [], [], []
     for level in codes.T:
         values, counts = torch.unique(level, return_counts=True)

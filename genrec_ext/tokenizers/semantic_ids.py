@@ -46,6 +46,28 @@ def tokenize(
     Returns:
         int64 `[num_items, levels]`, or one level more where needed; level-local codes from 0.
     """
+    embeddings = item_embeddings(data, split, dimensions=dimensions, seed=seed)
+    codes = fit_codes(ResidualKMeans(levels, codebook_size, seed), embeddings, seed)
+    collide = sid_report(codes)["collision_rate"]
+    return (resolve_collisions(codes, "suffix", seed=seed) if collide else codes).numpy()
+
+
+def item_embeddings(
+    data: Interactions, split: Split, *, dimensions: int = 64, seed: int = 0
+) -> Tensor:
+    """What semantic IDs are made from: the items' texts, or what they occur with in training.
+
+    Texts where there are any and scikit-learn is installed, which a warning says if it is not.
+
+    Args:
+        data: the catalogue.
+        split: its split; only training items are looked at.
+        dimensions: of the vectors, at most.
+        seed: everything random follows from it.
+
+    Returns:
+        float32 ``[num_items, D]``, rows of length 1, or 0 for an item that nothing tells about.
+    """
     has_text = data.texts is not None and any(text.strip() for text in data.texts)
     if has_text and importlib.util.find_spec("sklearn") is None:
         warnings.warn(
@@ -56,13 +78,8 @@ def tokenize(
         has_text = False
     if has_text:
         assert data.texts is not None
-        embeddings = text_embeddings(data.texts, dimensions, seed)
-    else:
-        embeddings = covisitation_embeddings(split.train, data.num_items, dimensions, seed)
-
-    codes = fit_codes(ResidualKMeans(levels, codebook_size, seed), embeddings, seed)
-    collide = sid_report(codes)["collision_rate"]
-    return (resolve_collisions(codes, "suffix", seed=seed) if collide else codes).numpy()
+        return text_embeddings(data.texts, dimensions, seed)
+    return covisitation_embeddings(split.train, data.num_items, dimensions, seed)
 
 
 def fit_codes(

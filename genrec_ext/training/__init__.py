@@ -4,6 +4,7 @@ Needs the ``[train]`` extra.  Imports models, tokenizers, decoding, data and met
 line imports it.
 """
 
+from .bilevel import BilevelConfig, BilevelTrainer
 from .config import TrainConfig
 from .evaluation import DecodeClock
 from .loop import summary, train
@@ -12,6 +13,8 @@ from .run import evaluate, recommend
 from .sft import SFTConfig, SFTTrainer
 
 __all__ = [
+    "BilevelConfig",
+    "BilevelTrainer",
     "DecodeClock",
     "RLConfig",
     "SFTConfig",

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..models import CompactConfig
+from ..tokenizers import RQVAE
+from .bilevel import BilevelConfig
 from .objective import SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
 
-STAGES = ("sft", "rl")
+STAGES = ("sft", "bilevel", "rl")
+DEFAULT_STAGES = ("sft", "rl")
+TOKENIZERS = ("data", "rqvae")
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,18 @@ class TrainConfig:
         epochs: of the sft stage; None takes ``sft.epochs``.
         seed: everything random follows from it.
         device: a torch device.
-        stages: ``("sft",)`` or ``("sft", "rl")``.
+        stages: some of ``"sft"``, ``"bilevel"`` and ``"rl"``, in this order; rl needs one before.
         resume: go on from the run folder's checkpoint.
-        patience: validations without improvement after which the sft stage ends.
+        patience: validations without improvement after which sft or bilevel ends.
+        tokenizer: ``"data"``: the data's own semantic IDs, or residual k-means where they have
+            none; ``"rqvae"``: an RQ-VAE over the items' texts, or over what they occur with where
+            there are no texts; None: rqvae where the bilevel stage asks for it, else data.
+        rqvae: arguments of :class:`genrec_ext.tokenizers.RQVAE`; its seed is the run's if none is
+            given.
         text_features: size of item features made from texts, 0 for none.
         covisitation_features: size of item features made from training co-visits, 0 for none.
         model: the model's settings; the objectives ``"ce"`` and ``"msl"`` decide on its softmax.
-        sft, rl: the stages' settings.
+        sft, bilevel, rl: the stages' settings; bilevel's lower problem has sft's.
     """
 
     out: str | Path
@@ -45,25 +54,47 @@ class TrainConfig:
     epochs: int | None = None
     seed: int = 0
     device: str = "cpu"
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = DEFAULT_STAGES
     resume: bool = False
     patience: int = 4
+    tokenizer: str | None = None
+    rqvae: dict[str, Any] = field(default_factory=dict)
     text_features: int = 64
     covisitation_features: int = 64
     model: CompactConfig = field(default_factory=CompactConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     rl: RLConfig = field(default_factory=RLConfig)
 
     def __post_init__(self) -> None:
-        if self.stages not in (STAGES[:1], STAGES):
+        if self.stages != tuple(s for s in STAGES if s in self.stages) or self.stages[:1] in (
+            (),
+            ("rl",),
+        ):
             raise ValueError(
-                f"stages must be sft or sft,rl, got {','.join(self.stages)}: rl fine-tunes what "
-                "sft trained"
+                f"stages must be of {','.join(STAGES)}, in this order, and not rl alone, which "
+                f"fine-tunes what another trained; got {','.join(self.stages)}"
             )
+        if self.tokenizer not in (None, *TOKENIZERS):
+            raise ValueError(
+                f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}"
+            )
+        if "bilevel" in self.stages and not self.learns_tokenizer():
+            raise ValueError(
+                f"tokenizer must be rqvae for the stage bilevel, got {self.tokenizer!r}: the stage "
+                "needs one that can learn"
+            )
+        if self.rqvae and not self.learns_tokenizer():
+            raise ValueError(f"rqvae: {self.rqvae}; expected none, as tokenizer is not rqvae")
+        RQVAE(**self.rqvae)  # for its errors
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    def learns_tokenizer(self) -> bool:
+        """Whether semantic IDs come from an RQ-VAE."""
+        return self.tokenizer == "rqvae" or (self.tokenizer is None and "bilevel" in self.stages)
 
     def sft_settings(self) -> SFTConfig:
         """The sft stage's settings with this run's epochs."""

@@ -1,4 +1,4 @@
-"""The training run: data, tokens, sft, rl, evaluation, report.
+"""The training run: data, tokens, sft, bilevel, rl, evaluation, report.
 
 Everything that a run does in order, with its clock, its checkpoints and its files; the stages
 themselves are in ``sft`` and ``rl``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import platform
 import time
 from pathlib import Path
@@ -20,30 +21,38 @@ import torch
 from .. import __version__, baselines, tokenizers
 from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
+from ..ops import sid_report
+from ..trie import Trie
 from . import checkpoint, evaluation, report
 from . import run as run_module
+from .bilevel import BilevelTrainer, summarize
 from .config import TrainConfig
+from .identifiers import first_ids
 from .rl import SageTrainer
 from .sft import SFTTrainer
 
 METRIC = "recall@10"
 CHECKPOINT = "checkpoint.pt"
-# Of a time budget: the share that the sft stage leaves for rl, and what both leave for the end, a
+# Of a time budget: what the stages before it leave for a stage, and what all leave for the end, a
 # share or some validations' worth (two test rankings are wider than a validation's).
-_RL_SHARE, _END_SHARE, _END_VALIDATIONS = 0.2, 0.06, 6
+_STAGE_SHARE = {"sft": 0.0, "bilevel": 0.4, "rl": 0.2}
+_END_SHARE, _END_VALIDATIONS = 0.06, 6
 _SAVE_SECONDS = 15.0
-_VALIDATIONS = 7  # of the sft stage, evenly spread
+_VALIDATIONS = 7  # of a stage that has epochs, evenly spread
 _RL_VALIDATIONS = 5
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
-    Writes ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt`` and ``report.html``
-    into ``config.out``, and returns the content of ``metrics.json``: ``test`` (the kept model's
-    figures), ``stages`` (for each: ``valid`` and ``test`` figures, steps, seconds; for sft also
-    ``padding``, the mean over epochs of the share of padded positions), ``baselines``,
-    for the generated catalogue ``best_possible``, ``seconds`` and ``config``.
+    Writes ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``, ``report.html`` and
+    for a tokenizer that learned ``tokenizer.safetensors`` into ``config.out``, and returns the
+    content of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
+    ``valid`` and ``test`` figures, steps, seconds; for sft and bilevel also ``padding``, the mean
+    over epochs of the share of padded positions; for bilevel ``codes``, see
+    ``genrec_ext.training.bilevel``), ``ids`` (what :func:`genrec_ext.sid_report` says of the kept
+    model's semantic IDs), ``baselines``, for the generated catalogue ``best_possible``, ``seconds``
+    and ``config``.
 
     Raises:
         DataError: the data cannot be read.
@@ -81,18 +90,13 @@ class _Training:
             "seed": config.seed,
             "fingerprint": self.data.fingerprint(),
         }
-        codes = self.data.codes
-        if codes is None:
-            codes = tokenizers.tokenize(self.data, self.split, seed=config.seed)
-        self.group = evaluation.collision_groups(codes)
+        self.tokenizer: tokenizers.RQVAE | None = None  # one that may learn with the recommender
+        codes, sizes = self._codes()
         self.model = CompactRecommender(
-            config.model_settings(),
-            codes,
-            [int(size) for size in codes.max(0) + 1],
-            self._features(),
-            seed=config.seed,
+            config.model_settings(), codes, sizes, self._features(), seed=config.seed
         ).to(self.device)
-        self.trie = self.model.trie()
+        self._trie = self.model.trie()
+        self._decoded = self.model.codes.clone()  # the IDs that the trie has
         self.stages: dict[str, Any] = {}
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # the state with the best validation, its figures
@@ -113,6 +117,35 @@ class _Training:
             )
             return catalogue.data
         return run_module.open_data(self.config.data, self.config.index, self.config.seed)
+
+    def _codes(self) -> tuple[torch.Tensor, list[int]]:
+        """Every item's semantic ID, and how many codes each level has."""
+        if self.config.learns_tokenizer():
+            self.embeddings = tokenizers.item_embeddings(
+                self.data, self.split, seed=self.config.seed
+            )
+            settings = {"seed": self.config.seed, **self.config.rqvae}
+            self.tokenizer = tokenizers.RQVAE(**settings).fit(self.embeddings, progress=True)
+            return first_ids(
+                self.tokenizer.fitted_codes, self.tokenizer.codebook_size, self.config.seed
+            )
+        codes = self.data.codes
+        if codes is None:
+            codes = tokenizers.tokenize(self.data, self.split, seed=self.config.seed)
+        assert codes is not None
+        return torch.from_numpy(codes), [int(size) for size in codes.max(0) + 1]
+
+    @property
+    def trie(self) -> Trie:
+        """The catalogue as the model's semantic IDs are now."""
+        if not torch.equal(self._decoded, self.model.codes):
+            self._trie, self._decoded = self.model.trie(), self.model.codes.clone()
+        return self._trie
+
+    @property
+    def group(self) -> np.ndarray | None:
+        """Which items share an ID."""
+        return evaluation.collision_groups(self.model.codes.cpu().numpy())
 
     def _features(self) -> torch.Tensor | None:
         """Item vectors from texts and from training co-visits, side by side."""
@@ -143,8 +176,8 @@ class _Training:
             return float("inf")
         budget = self.config.minutes * 60
         later = max(_END_SHARE * budget, _END_VALIDATIONS * self.validation_seconds)
-        if stage == "sft" and "rl" in self.config.stages:
-            later += _RL_SHARE * budget
+        at = self.config.stages.index(stage)
+        later += budget * sum(_STAGE_SHARE[name] for name in self.config.stages[at + 1 :])
         return budget - later - self.seconds()
 
     def note(self, **line: Any) -> None:
@@ -216,6 +249,9 @@ class _Training:
         if better:
             state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             self.best = {"stage": stage, "step": step, "valid": figures, "state": state}
+            if self.tokenizer is not None:
+                state = {k: v.detach().clone() for k, v in self.tokenizer.state_dict().items()}
+                self.best["tokenizer"] = state
         return better
 
     def take_best(self) -> None:
@@ -247,63 +283,96 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         restored = self.restored()
-        if "sft" not in self.stages:
-            self.sft(restored)
+        for stage in self.config.stages:
+            if stage in self.stages:
+                continue
+            # A checkpoint is of the stage that it was written in; it may be one just ended.
+            state = restored if restored is not None and restored["stage"] == stage else None
             restored = None
-        if "rl" in self.config.stages and "rl" not in self.stages:
-            self.rl(restored)
+            if stage == "rl":
+                self.rl(state)
+            else:
+                self.supervised(stage, state)
         return self.finish()
 
-    def sft(self, restored: dict[str, Any] | None) -> None:
+    def _trainer(self, stage: str) -> SFTTrainer:
+        config = self.config
+        if stage == "sft":
+            return SFTTrainer(self.model, self.split.train, config.sft_settings(), seed=config.seed)
+        assert self.tokenizer is not None
+        return BilevelTrainer(
+            self.model,
+            self.split.train,
+            self.tokenizer,
+            self.embeddings,
+            config.sft_settings(),
+            config.bilevel,
+            seed=config.seed,
+        )
+
+    def supervised(self, stage: str, restored: dict[str, Any] | None) -> None:
+        """sft or bilevel: epochs, with validations between."""
         from tqdm import tqdm
 
-        trainer = SFTTrainer(
-            self.model, self.split.train, self.config.sft_settings(), seed=self.config.seed
-        )
+        if restored is None and self.best is not None:
+            self.take_best()  # of the stage before
+        trainer = self._trainer(stage)
         if restored is not None:
             trainer.load_state_dict(restored["trainer"])
         began, first_epoch = self.seconds(), trainer.epoch
-        stale = self._stale_validations()
+        stale = self._stale_validations(stage)
         bar = tqdm(
             total=trainer.epochs * trainer.epoch_steps,
             initial=trainer.step,
-            desc="sft",
+            desc=stage,
             unit="step",
             mininterval=1.0,
         )
 
         def progress(_: int, parts: dict[str, float]) -> None:
             bar.update()
-            bar.set_postfix(loss=f"{parts['loss']:.3f}", epoch=trainer.epoch, refresh=False)
+            loss = parts.get("loss", parts.get("token_loss", math.nan))
+            bar.set_postfix(loss=f"{loss:.3f}", epoch=trainer.epoch, refresh=False)
 
         while not trainer.done and stale < self.config.patience:
-            losses = trainer.train_epoch(stop=lambda: self.left("sft") <= 0, progress=progress)
+            losses = trainer.train_epoch(stop=lambda: self.left(stage) <= 0, progress=progress)
             if losses:
-                self.note(stage="sft", step=trainer.step, epoch=trainer.epoch, **losses)
+                self.note(stage=stage, step=trainer.step, epoch=trainer.epoch, **losses)
+            if isinstance(trainer, BilevelTrainer):
+                for update in trainer.take_updates():
+                    self.note(stage=stage, codes=update)
             # Plan for the budget by the pace so far, validations included.
             pace = (self.seconds() - began) / max(trainer.epoch - first_epoch, 1)
-            out_of_time = self.left("sft") <= 0
-            if self.left("sft") < pace * (trainer.epochs - trainer.epoch):
-                trainer.shorten(trainer.epoch + int(self.left("sft") / pace))
+            out_of_time = self.left(stage) <= 0
+            if self.left(stage) < pace * (trainer.epochs - trainer.epoch):
+                trainer.shorten(trainer.epoch + int(self.left(stage) / pace))
                 bar.total = trainer.epochs * trainer.epoch_steps
             every = max(1, trainer.epochs // _VALIDATIONS)
             if trainer.done or out_of_time or trainer.epoch % every == 0:
-                stale = 0 if self.validate("sft", trainer.step) else stale + 1
-                bar.set_description(f"sft, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
-            self.save("sft", trainer)
+                stale = 0 if self.validate(stage, trainer.step) else stale + 1
+                bar.set_description(
+                    f"{stage}, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}"
+                )
+            self.save(stage, trainer)
             if out_of_time:
                 break
         bar.close()
-        self.finish_stage("sft", trainer.step, self.seconds() - began)
-        shares = [line["padding"] for line in self.log if "padding" in line]
-        self.stages["sft"]["padding"] = float(np.mean(shares)) if shares else None
-        self.save("sft", trainer, force=True)
+        self.finish_stage(stage, trainer.step, self.seconds() - began)
+        mine = [line for line in self.log if line["stage"] == stage]
+        shares = [line["padding"] for line in mine if "padding" in line]
+        self.stages[stage]["padding"] = float(np.mean(shares)) if shares else None
+        if isinstance(trainer, BilevelTrainer):
+            updates = [line["codes"] for line in mine if "codes" in line]
+            self.stages[stage]["codes"] = summarize(updates)
+        self.save(stage, trainer, force=True)
 
-    def _stale_validations(self) -> int:
+    def _stale_validations(self, stage: str) -> int:
         """Validations since the best one, from the log: what patience has already been spent."""
         if self.best is None:
             return 0
-        steps = [line["step"] for line in self.log if line["stage"] == "sft" and "valid" in line]
+        steps = [line["step"] for line in self.log if line["stage"] == stage and "valid" in line]
+        if self.best["stage"] != stage:
+            return len(steps)
         return sum(step > self.best["step"] for step in steps)
 
     def rl(self, restored: dict[str, Any] | None) -> None:
@@ -313,7 +382,7 @@ class _Training:
         trainer = SageTrainer(
             self.model, self.trie, self.split.train, self.counts, self.config.rl, self.config.seed
         )
-        if restored is not None and restored["stage"] == "rl":
+        if restored is not None:
             trainer.load_state_dict(restored["trainer"])
         began = self.seconds()
         every = max(1, self.config.rl.steps // _RL_VALIDATIONS)
@@ -367,11 +436,14 @@ class _Training:
         metrics: dict[str, Any] = {
             "test": last["test"],
             "stages": self.stages,
+            "ids": sid_report(self.model.codes.cpu()),
             "baselines": self.baselines(),
         }
         if self.best_possible is not None:
             metrics["best_possible"] = self.best_possible
         run_module.save(self.folder, self.model, self.data, self.source)
+        if self.tokenizer is not None:
+            self._save_tokenizer(self.tokenizer)
         metrics["seconds"] = round(self.seconds(), 2)
         metrics["config"] = {
             "name": self.data.name,
@@ -397,6 +469,13 @@ class _Training:
         )
         checkpoint.save_json(self.folder / "metrics.json", metrics)
         return metrics
+
+    def _save_tokenizer(self, tokenizer: tokenizers.RQVAE) -> None:
+        """The tokenizer that belongs to the kept model."""
+        assert self.best is not None
+        tokenizer.load_state_dict(self.best["tokenizer"])
+        tokenizer.cpu().eval().keep(self.embeddings)
+        tokenizer.save(self.folder / "tokenizer.safetensors")
 
     def _examples(
         self, histories: list[np.ndarray], items: np.ndarray

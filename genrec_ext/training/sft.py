@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models import CompactRecommender
 from ..objectives import VARIANTS
-from .objective import OBJECTIVES, build
+from .objective import OBJECTIVES, Objective, build
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,51 @@ class Windows:
         return torch.from_numpy(history.copy()), torch.from_numpy(targets)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        history: `[B, T]` int64, padded with -1 on the left.
+        targets: `[B, T]` int64, the item to predict from each position, -1 for none.
+        seed: of everything random inside the model.
+        draws: of what the objective draws.
+    """
+
+    history: Tensor
+    targets: Tensor
+    seed: int
+    draws: tuple[int, ...]
+
+
+class SequenceLoss(nn.Module):
+    """Model and objective as one function of a batch: the same batch gives the same loss.
+
+    Args:
+        model: the model.
+        objective: what is made of semantic IDs.
+    """
+
+    def __init__(self, model: CompactRecommender, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its detached parts; torch's global generator is left as it was."""
+        cuda = [batch.history.device] if batch.history.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(batch.seed)
+            return self.model.sequence_loss(
+                batch.history, batch.targets, lambda state, target: self.codes(state, target, batch)
+            )
+
+    def codes(
+        self, state: Tensor, target: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the loss that is about semantic IDs."""
+        return self.objective(self.model, state, target, batch.draws)
+
+
 class SFTTrainer:
     """Trains a model in place, epoch by epoch.
 
@@ -189,6 +234,8 @@ class SFTTrainer:
         ValueError: no user has two training items.
     """
 
+    stage = "sft"
+
     def __init__(
         self,
         model: CompactRecommender,
@@ -200,6 +247,7 @@ class SFTTrainer:
         self.device = next(model.parameters()).device
         self.windows = Windows(train, model.config.max_history)
         self.objective = build(config, model)
+        self.sequence_loss = SequenceLoss(model, self.objective)
         self.epoch_steps = math.ceil(len(self.windows) / config.users)
         self.epochs = config.epochs
         self.step = 0
@@ -278,34 +326,45 @@ class SFTTrainer:
         means = {name: value / steps for name, value in total.items()}
         return {**means, "padding": padded / positions}
 
-    def _train_step(self, rows: np.ndarray) -> dict[str, float]:
+    def _batch(self, rows: np.ndarray) -> Batch:
         # Three numbers, where an epoch's order has two: no draw is shared.
         rng = np.random.default_rng((self.seed, self.step, 1))
         history, targets = self.windows.batch(
             rows, self.config.horizon, self.config.horizon_decay, rng
         )
+        # The last number keeps what the objective draws apart from all other draws, so that those
+        # are the same under every objective.
+        return Batch(
+            history.to(self.device),
+            targets.to(self.device),
+            int(rng.integers(2**62)),
+            (self.seed, self.step, 2),
+        )
+
+    def _train_step(self, rows: np.ndarray) -> dict[str, float]:
+        batch = self._batch(rows)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_at(self.step)
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(int(rng.integers(2**62)))
-            loss, parts = self.model.sequence_loss(
-                history.to(self.device),
-                targets.to(self.device),
-                # The last number keeps what the objective draws apart from all other draws, so
-                # that those are the same under every objective.
-                lambda state, target: self.objective(
-                    self.model, state, target, (self.seed, self.step, 2)
-                ),
-            )
+        loss, parts = self._loss(batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at sft step {self.step}")
+            raise FloatingPointError(f"the loss is {loss.item()} at {self.stage} step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self._before_update(batch)
+        nn.utils.clip_grad_norm_(self.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.step += 1
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.sequence_loss(batch)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _before_update(self, batch: Batch) -> None:
+        """For subclasses: called with the gradients of a step, before anything moves."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that :meth:`load_state_dict` needs to go on to the same bits."""
