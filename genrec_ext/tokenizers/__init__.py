@@ -1,7 +1,7 @@
 """Items to semantic IDs."""
 
 from .base import Tokenizer, kinds, load
-from .embeddings import covisitation_embeddings, text_embeddings
+from .embeddings import covisitation_embeddings, sentence_embeddings, text_embeddings
 from .residual_kmeans import BalancedResidualKMeans, ResidualKMeans
 from .semantic_ids import tokenize
 
@@ -12,6 +12,7 @@ __all__ = [
     "covisitation_embeddings",
     "kinds",
     "load",
+    "sentence_embeddings",
     "text_embeddings",
     "tokenize",
 ]
