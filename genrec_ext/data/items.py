@@ -136,7 +136,7 @@ def _read_parquet(
         for wanted in (name, source):
             if wanted not in held:
                 raise DataError(f"{path}: no column {wanted!r}; the columns are {', '.join(held)}")
-        table = polars.read_parquet(path, columns=[name, source])
+        table = polars.read_parquet(path, columns=list(dict.fromkeys((name, source))))
         ids, values = table[name], table[source]
         if ids.null_count() or not (ids.dtype.is_integer() or ids.dtype == polars.String):
             raise DataError(
@@ -160,12 +160,15 @@ def _read_parquet(
             raise DataError(
                 f"{path}: column {source!r} has lists of {lengths} numbers; expected one length"
             )
-        flat = lists.list.explode() if lengths else lists.explode()
+        flat = lists.list.explode()
         if lists.null_count() or flat.null_count():
             raise DataError(f"{path}: column {source!r} has empty cells; expected a number in all")
-        return Items(names, vectors=flat.to_numpy().reshape(len(names), -1 if names else 0))
+        return Items(
+            names, vectors=flat.to_numpy(writable=True).reshape(len(names), -1 if names else 0)
+        )
     except polars.exceptions.PolarsError as error:
-        raise DataError(f"{path}: {error}") from error
+        # What follows the first line shows the query.
+        raise DataError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def write_index(path: str | Path, ids: Sequence[str], codes: np.ndarray) -> None:
