@@ -1,6 +1,6 @@
-"""The ``genrec`` command: demo, train, evaluate, recommend, info.
+"""The ``genrec`` command: demo, train, evaluate, recommend, tokenize, info.
 
-Parses arguments, calls ``training`` and prints; no other logic lives here.
+Parses arguments, calls ``training`` or ``tokenizers`` and prints; no other logic lives here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .tokenizers import command, kinds
 
 OBJECTIVES = ("ce", "msl", "bear", "apao-pointwise", "apao-pairwise")  # as training has them
 
@@ -103,6 +105,49 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("--unseen", action="store_true", help="leave out items of the history")
     recommend.add_argument("--json", action="store_true", help="print JSON")
 
+    tokenize = commands.add_parser("tokenize", help="semantic IDs for a catalogue")
+    tokenize.add_argument(
+        "--items",
+        required=True,
+        help="X.item.json (titles, brands, ...), .npy (floats, a row an item) or .parquet",
+    )
+    tokenize.add_argument("--out", required=True, help="the index table, X.index.json")
+    tokenize.add_argument("--ids", help="for .npy: a file with an item id a line (default: 0, 1..)")
+    tokenize.add_argument("--id-column", help="for .parquet (default: item_id)")
+    tokenize.add_argument("--embedding-column", help="for .parquet (default: embedding, if any)")
+    tokenize.add_argument("--text-column", help="for .parquet, instead (default: text)")
+    tokenize.add_argument(
+        "--encoder",
+        help="of texts: tfidf, or the name or folder of a sentence-transformers model "
+        "(default: tfidf)",
+    )
+    tokenize.add_argument(
+        "--dimensions",
+        type=_positive(int),
+        help=f"of tfidf's vectors (default: {command.DIMENSIONS})",
+    )
+    tokenize.add_argument(
+        "--method", choices=list(kinds()), default="residual-kmeans", help="(default: %(default)s)"
+    )
+    tokenize.add_argument(
+        "--levels", type=_positive(int), default=3, help="codes an item (default: %(default)s)"
+    )
+    tokenize.add_argument(
+        "--codebook-size", type=_positive(int), default=256, help="(default: %(default)s)"
+    )
+    tokenize.add_argument("--seed", type=int, default=0)
+    tokenize.add_argument(
+        "--collisions",
+        choices=command.COLLISIONS,
+        default="suffix",
+        help="what to do about items that share an ID: nothing, append a level, change the fewest "
+        "last codes, the same with room for --capacity items an ID, or balanced assignments "
+        "(default: %(default)s)",
+    )
+    tokenize.add_argument("--capacity", type=_positive(int), help="of --collisions capacity")
+    tokenize.add_argument("--save-tokenizer", metavar="FILE", help="X.safetensors, besides")
+    tokenize.add_argument("--json", action="store_true", help="print JSON")
+
     info = commands.add_parser("info", help="what is installed and what this machine will use")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -118,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(info.as_json(facts) if arguments.json else info.as_text(facts))
         return 0 if facts["operators"] else 1
     try:
-        return _run(arguments)
+        return _tokenize(arguments) if arguments.command == "tokenize" else _run(arguments)
     except (ImportError, OSError, ValueError) as error:
         print(f"genrec: {error}", file=sys.stderr)
         return 2
@@ -172,6 +217,15 @@ def _run(arguments: argparse.Namespace) -> int:
             for place, item in enumerate(found, 1):
                 title = f"  {item['title']}" if item["title"] else ""
                 print(f"{place:>3}  {item['item']:>8}  {item['score']:8.4f}{title}")
+    return 0
+
+
+def _tokenize(arguments: argparse.Namespace) -> int:
+    options = vars(arguments).copy()
+    as_json = options.pop("json")
+    del options["command"]
+    found = command.tokenize_items(**options, progress=command.can_show_progress())
+    print(json.dumps(found, indent=2) if as_json else command.summary(found))
     return 0
 
 

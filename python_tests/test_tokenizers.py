@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import math
+import os
 import sys
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from genrec_ext import sid_report
+from genrec_ext import Trie, sid_report
 from genrec_ext.data import Interactions, generate, leave_one_out
+from genrec_ext.tensor_file import read_tensors, write_tensors
 from genrec_ext.tokenizers import (
+    BalancedResidualKMeans,
     ResidualKMeans,
+    Tokenizer,
     covisitation_embeddings,
+    kinds,
+    load,
     text_embeddings,
     tokenize,
 )
 from genrec_ext.tokenizers import residual_kmeans as module
+from genrec_ext.tokenizers.base import FORMAT, VERSION
 
 needs_sklearn = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed"
@@ -118,28 +129,6 @@ def test_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_fewer_vectors_than_centroids(rows: int) -> None:
-    vectors = cloud(rows)
-    tokenizer = ResidualKMeans(levels=2, codebook_size=8).fit(vectors)
-    codes = tokenizer.encode(vectors)
-    torch.testing.assert_close(tokenizer.decode(codes), vectors)
-    assert len({tuple(row) for row in codes.tolist()}) == rows
-
-
-def test_equal_vectors_share_their_codes() -> None:
-    vectors = torch.ones(50, 4)
-    codes = ResidualKMeans(levels=3, codebook_size=8).fit(vectors).encode(vectors)
-    assert (codes == codes[0]).all()
-
-
-def test_double_precision_and_gradients_are_taken_in() -> None:
-    vectors = cloud().double().requires_grad_()
-    tokenizer = ResidualKMeans(2, 8).fit(vectors)
-    assert tokenizer.codebooks.dtype == torch.float32
-    assert not tokenizer.codebooks.requires_grad
-
-
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
@@ -167,6 +156,370 @@ def test_argument_errors() -> None:
         tokenizer.decode(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="from 0 to 4; expected 0 to 3"):
         tokenizer.decode(torch.tensor([[0, 4]]))
+
+
+# Any tokenizer
+
+EACH = pytest.mark.parametrize("kind", ["residual-kmeans", "balanced-kmeans"])
+
+
+def made(kind: str, **settings: int) -> Tokenizer:
+    return kinds()[kind](**{"levels": 2, "codebook_size": 4, **settings})
+
+
+@EACH
+def test_a_file_gives_back_the_tokenizer(kind: str, tmp_path: Path) -> None:
+    vectors = cloud()
+    tokenizer = made(kind, seed=3, iterations=7).fit(vectors)
+    tokenizer.save(tmp_path / "t")
+    for again in (load(tmp_path / "t"), type(tokenizer).load(tmp_path / "t")):
+        assert type(again) is type(tokenizer) and again.settings() == tokenizer.settings()
+        assert torch.equal(again.codebooks, tokenizer.codebooks)
+        assert torch.equal(again.encode(vectors), tokenizer.encode(vectors))
+        assert torch.equal(again.fitted_codes, tokenizer.fitted_codes)
+        assert again.report() == tokenizer.report()
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_a_file_is_safetensors(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("safetensors.numpy")
+    tokenizer = made("residual-kmeans").fit(cloud())
+    tokenizer.save(tmp_path / "t")
+    held = numpy.load_file(tmp_path / "t")
+    assert set(held) == {"state.codebooks", "fitted_codes", "fitted_errors"}
+    assert (held["state.codebooks"] == tokenizer.codebooks.numpy()).all()
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = made("residual-kmeans").fit(cloud())
+    tokenizer.save(tmp_path / "t")
+    before = (tmp_path / "t").read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        tokenizer.fit(cloud(seed=1)).save(tmp_path / "t")
+    assert (tmp_path / "t").read_bytes() == before and os.listdir(tmp_path) == ["t"]
+
+
+def rewritten(path: Path, version: int = VERSION, **changes: object) -> None:
+    """The file with other metadata or tensors, under a checksum that belongs to it."""
+    metadata, tensors = read_tensors(path, FORMAT, VERSION)
+    texts = {key: str(changes.pop(key, metadata[key])) for key in ("kind", "settings")}
+    tensors = {**tensors, **changes.pop("tensors", {})}  # type: ignore[dict-item]
+    kept = {name: array for name, array in tensors.items() if array is not None}
+    write_tensors(path, FORMAT, version, kept, texts)
+
+
+def settings_of(**changes: object) -> str:
+    made = {"levels": 2, "codebook_size": 4, "seed": 0, "iterations": 25, **changes}
+    return json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("kind is 'x'; this release knows residual-kmeans, balanced", {"kind": "x"}),
+        ("version is '2', but this release reads version 1", {"version": 2}),
+        ("no tokenizer: Expecting value", {"settings": "["}),
+        ("no tokenizer: .*unexpected keyword argument 'width'", {"settings": settings_of(width=1)}),
+        ("levels: 0; expected 1 or more", {"settings": settings_of(levels=0)}),
+        (
+            r"fitted_codes is torch.int32 \[400, 2\]; .* \[any, 3\]",
+            {"settings": settings_of(levels=3)},
+        ),
+        (
+            r"codebooks is torch.float32 \[2, 4, 6\]; expected torch.float32 \[2, 5, any\]",
+            {"settings": settings_of(codebook_size=5)},
+        ),
+        ("there is no codebooks", {"tensors": {"state.codebooks": None}}),
+        ("there is no fitted_codes", {"tensors": {"fitted_codes": None}}),
+        (
+            "codebooks is torch.float64",
+            {"tensors": {"state.codebooks": np.zeros((2, 4, 6))}},
+        ),
+        (
+            "codebooks holds NaN or infinity",
+            {"tensors": {"state.codebooks": np.full((2, 4, 6), np.nan, dtype=np.float32)}},
+        ),
+        (
+            "codes: from 9 to 9; expected 0 to 3",
+            {"tensors": {"fitted_codes": np.full((400, 2), 9, dtype=np.int32)}},
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_says_why(
+    tmp_path: Path, text: str, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "the-file"
+    made("residual-kmeans").fit(cloud()).save(path)
+    rewritten(path, **changes)
+    with pytest.raises(ValueError, match=f"the-file: .*{text}"):
+        load(path)
+
+
+def test_files_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    made("residual-kmeans").fit(cloud()).save(path)
+    with pytest.raises(ValueError, match="'residual-kmeans'; expected a BalancedResidualKMeans"):
+        BalancedResidualKMeans.load(path)
+    whole = path.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"t: .*(too few|truncated)"):
+            load(path)
+    Trie.from_items([[0, 1]]).save(path)
+    with pytest.raises(ValueError, match=r"not a genrec.tokenizer file"):
+        load(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none")
+
+
+def test_tensors_of_any_shape_go_through_a_file(tmp_path: Path) -> None:
+    tensors = {
+        "number": np.array(1.5),
+        "empty": np.zeros((3, 0, 2), dtype=np.float32),
+        "strided": np.arange(6, dtype=np.int64).reshape(2, 3).T,
+    }
+    write_tensors(tmp_path / "t", "some", 1, tensors, {})
+    _, held = read_tensors(tmp_path / "t", "some", 1)
+    for name, array in tensors.items():
+        assert held[name].shape == array.shape and held[name].dtype == array.dtype
+        np.testing.assert_array_equal(held[name], array)
+    with pytest.raises(ValueError, match=r"x must be one of float64, .*, got float16"):
+        write_tensors(tmp_path / "t", "some", 1, {"x": np.zeros(2, dtype=np.float16)}, {})
+
+
+@EACH
+def test_report_is_its_definition(kind: str) -> None:
+    vectors = cloud()
+    tokenizer = made(kind, codebook_size=16).fit(vectors)
+    for said, codes in (
+        (tokenizer.report(), tokenizer.fitted_codes),
+        (tokenizer.report(vectors), tokenizer.encode(vectors)),
+    ):
+        want = sid_report(codes)
+        assert {name: said[name] for name in want} == want
+        assert said["dead_codes"] == [16 - used for used in want["codes_used"]]
+        x = vectors.double()
+        variance = (x - x.mean(0)).square().sum(1).mean()
+        decoded = torch.zeros_like(x)
+        for level in range(2):
+            decoded += tokenizer.codebooks[level].double()[codes[:, level]]
+            error = (x - decoded).square().sum(1).mean()
+            assert said["explained_by_level"][level] == pytest.approx(float(1 - error / variance))
+        assert said["explained"] == pytest.approx(float(1 - error / variance))
+        assert 0.4 < said["explained"] < 1.0
+        assert said["reconstruction_error"] == pytest.approx(float(error))
+        json.dumps(said, allow_nan=False)
+
+
+@EACH
+def test_last_level_distances(kind: str) -> None:
+    vectors = cloud()
+    tokenizer = made(kind).fit(vectors)
+    for codes in (None, tokenizer.fitted_codes, torch.zeros(400, 2, dtype=torch.int64)):
+        distances = tokenizer.last_level_distances(vectors, codes)
+        first = tokenizer.encode(vectors) if codes is None else codes
+        left = vectors - tokenizer.codebooks[0][first[:, 0]]
+        want = (left[:, None] - tokenizer.codebooks[1]).square().sum(2)
+        torch.testing.assert_close(distances, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="codes: 3 rows; expected 400, one an embedding"):
+        tokenizer.last_level_distances(vectors, torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_a_kind_names_one_class() -> None:
+    assert kinds()["residual-kmeans"] is ResidualKMeans
+    with pytest.raises(TypeError, match="'residual-kmeans' is taken by ResidualKMeans"):
+        type("Other", (ResidualKMeans,), {"kind": "residual-kmeans"})
+    assert type("Other", (ResidualKMeans,), {}) not in kinds().values()
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    for kind in ("residual-kmeans", "balanced-kmeans"):
+        made(kind).fit(cloud(), progress=True)
+        shown = capsys.readouterr().err
+        assert kind in shown and "100%" in shown
+    made("residual-kmeans").fit(cloud())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"pip install 'genrec-ext\[train\]'"):
+        made("residual-kmeans").fit(cloud(), progress=True)
+    made("residual-kmeans").fit(cloud())
+
+
+# Any tokenizer at the edges
+
+
+@EACH
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(kind: str, value: float) -> None:
+    vectors = cloud()
+    tokenizer = made(kind).fit(vectors)
+    vectors[7, 2] = value
+    for use in (made(kind).fit, tokenizer.encode, tokenizer.report):
+        with pytest.raises(ValueError, match="holds NaN or infinity in row 7; expected finite"):
+            use(vectors)
+    for large in (1e20, 1e200):
+        with pytest.raises(ValueError, match="values whose squares are beyond float32 in row 1"):
+            tokenizer.fit(torch.tensor([[0.0], [large]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e15, 1e-30])
+def test_constant_vectors(value: float) -> None:
+    vectors = torch.full((50, 3), value)
+    plain, balanced = (made(kind).fit(vectors) for kind in ("residual-kmeans", "balanced-kmeans"))
+    assert (plain.fitted_codes == 0).all() and (plain.encode(vectors) == 0).all()
+    # The balanced form has to part them: as even as can be.
+    for level in balanced.fitted_codes.T:
+        assert sorted(torch.bincount(level, minlength=4).tolist()) == [12, 12, 13, 13]
+    for tokenizer in (plain, balanced):
+        said = tokenizer.report()
+        assert said["explained"] == 1.0 and said["reconstruction_error"] == 0.0
+        assert torch.equal(tokenizer.decode(tokenizer.fitted_codes), vectors)
+
+
+@EACH
+def test_duplicates(kind: str) -> None:
+    """Each vector a hundred times: codes as of the distinct ones, and nothing is left of them."""
+    distinct = cloud(4)
+    vectors = distinct.repeat(100, 1)
+    tokenizer = made(kind).fit(vectors)
+    assert torch.equal(tokenizer.encode(vectors), tokenizer.encode(distinct).repeat(100, 1))
+    assert tokenizer.report(vectors)["paths"] == 4
+    assert tokenizer.report()["reconstruction_error"] < 1e-12
+
+
+@EACH
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_vectors_than_centroids(kind: str, rows: int) -> None:
+    vectors = cloud(rows)
+    tokenizer = made(kind, codebook_size=8).fit(vectors)
+    for codes in (tokenizer.fitted_codes, tokenizer.encode(vectors)):
+        torch.testing.assert_close(tokenizer.decode(codes), vectors)
+        assert len({tuple(row) for row in codes.tolist()}) == rows
+    assert tokenizer.report()["dead_codes"][0] == 8 - rows
+
+
+@EACH
+def test_one_centroid_is_the_mean(kind: str) -> None:
+    vectors = cloud()
+    tokenizer = made(kind, codebook_size=1).fit(vectors)
+    assert (tokenizer.fitted_codes == 0).all()
+    torch.testing.assert_close(tokenizer.codebooks[0, 0], vectors.mean(0), rtol=1e-4, atol=1e-6)
+    assert abs(tokenizer.report()["explained"]) < 1e-6
+
+
+@EACH
+def test_one_dimension(kind: str) -> None:
+    """Four values far apart, a hundred vectors near each."""
+    member = torch.arange(400) % 4
+    vectors = 10.0 * member[:, None] + 0.1 * cloud(400, 1)
+    codes = made(kind).fit(vectors).fitted_codes[:, 0]
+    assert len(set(zip(member.tolist(), codes.tolist(), strict=True))) == 4
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_and_strides(kind: str, dtype: torch.dtype) -> None:
+    vectors = cloud().to(dtype)
+    strided = torch.stack([vectors, vectors + 1], 2)[:, :, 0]
+    assert not strided.is_contiguous()
+    strided.requires_grad_()
+    tokenizer, want = made(kind).fit(strided), made(kind).fit(vectors.float())
+    assert tokenizer.codebooks.dtype == torch.float32 and not tokenizer.codebooks.requires_grad
+    assert torch.equal(tokenizer.codebooks, want.codebooks)
+    assert torch.equal(tokenizer.encode(strided), want.encode(vectors.float()))
+    assert torch.equal(tokenizer.fitted_codes, want.fitted_codes)
+
+
+@EACH
+def test_no_rows(kind: str) -> None:
+    tokenizer = made(kind).fit(cloud())
+    assert tokenizer.encode(torch.zeros(0, 6)).shape == (0, 2)
+    assert tokenizer.decode(torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 6)
+    for use in (tokenizer.fit, tokenizer.report):
+        with pytest.raises(ValueError, match="embeddings: no rows"):
+            use(torch.zeros(0, 6))
+
+
+# Balanced residual k-means
+
+
+def skewed(rows: int = 1000, columns: int = 6) -> torch.Tensor:
+    """Clusters of very different sizes."""
+    g = torch.Generator().manual_seed(0)
+    member = (20 * torch.rand(rows, generator=g) ** 3).long()
+    return 5 * torch.randn(20, columns, generator=g)[member] + cloud(rows, columns)
+
+
+@pytest.mark.parametrize("slack", [1.0, 1.3, 4.0])
+@pytest.mark.parametrize("rows", [1000, 1001, 30])
+def test_no_centroid_has_more_than_its_capacity(slack: float, rows: int) -> None:
+    vectors = skewed(rows)
+    tokenizer = BalancedResidualKMeans(2, 16, slack=slack).fit(vectors)
+    capacity = math.ceil(rows / 16 * slack)
+    assert tokenizer.capacity(rows) == capacity
+    for level in tokenizer.fitted_codes.T:
+        assert torch.bincount(level).max() <= capacity
+    plain = ResidualKMeans(2, 16).fit(vectors)
+    if slack == 1.0:
+        assert torch.bincount(plain.fitted_codes[:, 0]).max() > 1.2 * capacity
+
+
+def test_slack_of_everything_is_plain_kmeans() -> None:
+    vectors = skewed()
+    balanced = BalancedResidualKMeans(2, 16, slack=16.0).fit(vectors)
+    assert torch.equal(balanced.codebooks, ResidualKMeans(2, 16).fit(vectors).codebooks)
+    assert torch.equal(balanced.fitted_codes, balanced.encode(vectors))
+
+
+def test_slack_costs_less() -> None:
+    vectors = skewed()
+    explained = [
+        BalancedResidualKMeans(1, 16, slack=slack).fit(vectors).report()["explained"]
+        for slack in (1.0, 1.5, 3.0)
+    ]
+    assert all(later > earlier + 0.01 for earlier, later in pairwise(explained))
+
+
+@pytest.mark.parametrize(("columns", "slack"), [(6, 1.0), (6, 1.5), (1, 1.0)])
+def test_assignments_cost_little_more_than_the_best(columns: int, slack: float) -> None:
+    linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
+    vectors = skewed(400, columns)
+    centroids = ResidualKMeans(1, 8).fit(vectors).codebooks[0]
+    capacity = math.ceil(50 * slack)
+    code = module._assign(vectors, centroids, capacity, torch.Generator().manual_seed(0))
+    assert torch.bincount(code).max() <= capacity
+    cost = torch.cdist(vectors, centroids).double().square()
+    rows, places = linear_sum_assignment(cost.repeat_interleave(capacity, 1).numpy())
+    best = cost[rows, places // capacity].sum()
+    assert best <= cost.gather(1, code[:, None]).sum() <= 1.1 * best
+
+
+def test_rounding_respects_capacities_whatever_the_scores() -> None:
+    g = torch.Generator().manual_seed(0)
+    for rows, columns, capacity in ((1, 1, 1), (7, 3, 3), (60, 5, 12), (64, 8, 8)):
+        for scores in (
+            torch.randn(rows, columns, generator=g),
+            torch.zeros(rows, columns),
+            -torch.arange(float(columns)).expand(rows, -1).clone(),
+        ):
+            code = module._round(scores, capacity)
+            assert torch.bincount(code, minlength=columns).max() <= capacity
+    # The one who would lose most stays.
+    assert module._round(torch.tensor([[0.0, -1.0], [0.0, -2.0]]), 1).tolist() == [1, 0]
+
+
+def test_slack_errors() -> None:
+    for slack in (0.99, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"slack: {slack}; expected 1 or more"):
+            BalancedResidualKMeans(slack=slack)
 
 
 # Embeddings

@@ -1,7 +1,7 @@
 """Files to `Interactions`: `.inter.json` with its companions, and S3-Rec text.
 
-The only module that reads data files. Everything is checked here, nothing is repaired or dropped:
-a file that is not what it should be is a `DataError` that says where.
+With `items`, the only module that reads data files. All is checked, nothing repaired or dropped: a
+file that is not what it should be is a `DataError` that says where.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ITEM_ID = re.compile(r"0|[1-9][0-9]*")
 # In the order in which they say most about an item: a tokenizer that truncates keeps the head.
 _TEXT_FIELDS = ("title", "brand", "categories", "description")
 # Labels of a trie are 32-bit.
-_MAX_CODE = 2**31 - 1
+MAX_CODE = 2**31 - 1
 
 
 def load(
@@ -60,7 +60,7 @@ def load(
             f"{source}: index={index!r}, but S3-Rec text comes without index tables; "
             "expected index=None"
         )
-    users = _read_lines(source, min_interactions)
+    users = _read_sequences(source, min_interactions)
     return _assemble(source.stem, users, _ordered(_items_of(users), seed))
 
 
@@ -93,6 +93,14 @@ def _text(path: Path) -> str:
     if not text.strip():
         raise DataError(f"{path}: the file is empty; expected data")
     return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that is not empty."""
+    lines = _text(path).split("\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last newline
+    return lines
 
 
 def _json_object(path: Path, of_what: str) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def _load_json(source: Path, index: str | None, seed: int, min_interactions: int
 
     used = _items_of(users)
     table = {} if table_path is None else read_index(table_path)
-    items = _read_items(item_path) if item_path.exists() else {}
+    items = read_items(item_path) if item_path.exists() else {}
     order = _ordered({*used, *table, *items}, seed)
 
     codes = None
@@ -182,13 +190,10 @@ def _read_inter(path: Path, min_interactions: int) -> dict[str, list[str]]:
     return users
 
 
-def _read_lines(path: Path, min_interactions: int) -> dict[str, list[str]]:
+def _read_sequences(path: Path, min_interactions: int) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     first_line: dict[str, int] = {}
-    lines = _text(path).split("\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last newline
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         where = f"{path}: line {number}"
         tokens = line.split()
         if not tokens:
@@ -271,16 +276,20 @@ def read_index(path: str | Path) -> dict[str, list[int]]:
 def _code(where: str, level: int, token: object) -> int:
     letter = chr(ord("a") + level)
     match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
-    if match is None or match[1] != letter or not 0 <= int(match[2]) <= _MAX_CODE:
+    if match is None or match[1] != letter or not 0 <= int(match[2]) <= MAX_CODE:
         raise DataError(
             f"{where} has {_describe(token)} at level {level}; "
-            f"expected '<{letter}_CODE>' with a code from 0 to {_MAX_CODE}"
+            f"expected '<{letter}_CODE>' with a code from 0 to {MAX_CODE}"
         )
     return int(match[2])
 
 
-def _read_items(path: Path) -> dict[str, tuple[str, str]]:
-    """Title and joined text of each item."""
+def read_items(path: Path) -> dict[str, tuple[str, str]]:
+    """Title and joined text of each item of an `X.item.json`, in the file's order.
+
+    Raises:
+        DataError: the file is no such table; names the item and the field.
+    """
     items: dict[str, tuple[str, str]] = {}
     for item, fields in _json_object(path, "item id -> title, brand, ...").items():
         _check_item_key(path, item)
@@ -306,8 +315,13 @@ def _field(path: Path, item: str, field: str, value: object) -> str:
     return html.unescape(", ".join(words)).strip()
 
 
+def is_item_id(text: str) -> bool:
+    """Whether data files take this for an item: an integer from 0, in one spelling."""
+    return _ITEM_ID.fullmatch(text) is not None
+
+
 def _check_item_key(path: Path, item: str) -> None:
-    if not _ITEM_ID.fullmatch(item):
+    if not is_item_id(item):
         raise DataError(f"{path}: key {item!r}; expected an item id, an integer from 0")
 
 
@@ -335,6 +349,14 @@ def _assemble(
     return Interactions(name, sequences, list(users), order, codes, titles, texts)
 
 
+def import_polars() -> Any:
+    try:
+        import polars
+    except ImportError as error:
+        raise ImportError("Parquet files need polars: pip install 'genrec-ext[parquet]'") from error
+    return polars
+
+
 def read_parquet_codes(
     path: str, codes: str | Sequence[str], item_id: str | None
 ) -> tuple[np.ndarray, list[Any] | None]:
@@ -354,10 +376,7 @@ def read_parquet_codes(
             of several lengths; names the file.
         ImportError: polars, of the ``[parquet]`` extra, is not installed.
     """
-    try:
-        import polars
-    except ImportError as error:
-        raise ImportError("Parquet files need polars: pip install 'genrec-ext[parquet]'") from error
+    polars = import_polars()
     with open(path, "rb"):
         pass  # what cannot be opened is an OSError, before anything is said of its form
     wanted = [codes] if isinstance(codes, str) else list(codes)

@@ -1,7 +1,7 @@
 """Items to semantic IDs."""
 
 from .base import Tokenizer, kinds, load
-from .embeddings import covisitation_embeddings, text_embeddings
+from .embeddings import covisitation_embeddings, sentence_embeddings, text_embeddings
 from .residual_kmeans import BalancedResidualKMeans, ResidualKMeans
 from .rqvae import RQVAE
 from .semantic_ids import item_embeddings, tokenize
@@ -15,6 +15,7 @@ __all__ = [
     "item_embeddings",
     "kinds",
     "load",
+    "sentence_embeddings",
     "text_embeddings",
     "tokenize",
 ]

@@ -294,12 +294,13 @@ def _vectors(embeddings: Tensor, *, least: int = 1) -> Tensor:
     if not embeddings.shape[1]:
         raise ValueError("embeddings: 0 dimensions; expected at least one")
     vectors = embeddings.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    unfit = ~torch.isfinite(vectors).all(1)
+    # Distances between rows are at most twice as long as the rows.
+    unfit = ~torch.isfinite((2 * vectors).square().sum(1))
     if unfit.any():
         row = int(unfit.nonzero()[0])
         what = "NaN or infinity"
         if torch.isfinite(embeddings[row]).all():
-            what = "values beyond float32"
+            what = "values whose squares are beyond float32"
         raise ValueError(f"embeddings: holds {what} in row {row}; expected finite values")
     return vectors
 

@@ -1,6 +1,7 @@
 """Items as vectors, from their texts or from what they are bought with.
 
-Text needs scikit-learn (the extra `train`), imported on use; co-visitation needs torch alone.
+Text needs scikit-learn (the extra `train`) or sentence-transformers (the extra `text`), imported on
+use; co-visitation needs torch alone.
 """
 
 from __future__ import annotations
@@ -50,6 +51,38 @@ def text_embeddings(texts: Sequence[str], dimensions: int = 64, seed: int = 0) -
         return _unit(torch.from_numpy(words.toarray()[:, :dimensions]).float())
     reduced = TruncatedSVD(rank, random_state=seed).fit_transform(words)
     return _unit(torch.from_numpy(reduced).float())
+
+
+def sentence_embeddings(texts: Sequence[str], model: str, *, progress: bool = False) -> Tensor:
+    """What a sentence encoder makes of the items' texts.
+
+    Args:
+        texts: one text an item; may be empty.
+        model: name or folder of a sentence-transformers model.
+        progress: show a bar.
+
+    Returns:
+        float32 `[N, D]`, rows of length 1, or 0 where a text is empty.
+
+    Raises:
+        ImportError: sentence-transformers, of the `[text]` extra, is not installed.
+        OSError: there is no such model.
+        ValueError: no text holds a word.
+    """
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"texts: all {len(texts)} are empty; expected words in some")
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"encoder {model!r} needs sentence-transformers: pip install 'genrec-ext[text]'"
+        ) from error
+    encoded = SentenceTransformer(model).encode(
+        list(texts), convert_to_numpy=True, show_progress_bar=progress
+    )
+    embeddings = _unit(torch.from_numpy(np.asarray(encoded, dtype=np.float32)))
+    embeddings[torch.tensor([not text.strip() for text in texts])] = 0.0
+    return embeddings
 
 
 def covisitation_embeddings(
