@@ -327,7 +327,7 @@ def test_order_2_is_autograd_through_the_whole_model():
     assert relative([trained.meta_gradient(batch, soft, "fd")], [want]) < 1e-4
     first = relative([trained.meta_gradient(batch, soft, 1)], [want])
     direct = relative([trained.meta_gradient(batch, soft, 0)], [want])
-    assert 1e-4 < first and 1e-4 < direct
+    assert first > 1e-4 and direct > 1e-4
     for parameter in trained.sequence_loss.parameters():
         assert parameter.grad is None
 

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from genrec_ext import cli, training
+from genrec_ext import cli, tokenizers, training
 from genrec_ext.data import generate, leave_one_out
 from genrec_ext.models import CompactConfig, CompactRecommender
-from genrec_ext.training import RLConfig, SageTrainer, TrainConfig, checkpoint, loop, rl
+from genrec_ext.training import (
+    BilevelConfig,
+    RLConfig,
+    SageTrainer,
+    TrainConfig,
+    checkpoint,
+    loop,
+    rl,
+)
 from genrec_ext.training.sft import SFTConfig, SFTTrainer
 
 KEYS = {
@@ -240,6 +248,88 @@ def test_config_errors(text, changes):
         TrainConfig(out="x", **changes)
 
 
+# ---- the bilevel stage ----
+
+
+def bilevel(data_file, out, **changes):
+    small = {
+        "stages": ("sft", "bilevel"),
+        "rqvae": {"levels": 2, "codebook_size": 16, "hidden": (16,), "latent": 8, "epochs": 10},
+        "bilevel": BilevelConfig(epochs=3, rate=3e-3, updates_per_epoch=2),
+    }
+    return settings(data_file, out, **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def bilevel_run(data_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bilevel"
+    return out, training.train(bilevel(data_file, out))
+
+
+def test_a_bilevel_run_leaves_what_belongs_together(bilevel_run, data_file):
+    out, told = bilevel_run
+    assert list(told["stages"]) == ["sft", "bilevel"]
+    codes = told["stages"]["bilevel"]["codes"]
+    assert codes["updates"] == 6 and 0 < codes["churn"] <= 1 and codes["conflicts"]
+    assert told["ids"]["collision_rate"] == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["codes"] for line in lines if "codes" in line]
+    assert len(seen) == 6 and all(len(s["entropy_bits"]) == 2 for s in seen)
+    assert "How the tokenizer moved" in (out / "report.html").read_text()
+    # The kept tokenizer gives the kept model's codes, and the figures are those of its trie.
+    saved = training.run.load(out)
+    tokenizer = tokenizers.load(out / "tokenizer.safetensors")
+    assert torch.equal(tokenizer.fitted_codes, saved.model.codes[:, :-1])
+    assert training.evaluate(out, data=data_file) == told["test"]
+
+
+class StoppedError(Exception):
+    """What ends a run in the middle."""
+
+
+def test_a_bilevel_run_resumes(bilevel_run, data_file, tmp_path, monkeypatch):
+    whole, told = bilevel_run
+    save, calls = loop._Training.save, []
+
+    def stopping(self, stage, trainer, force=False):
+        save(self, stage, trainer, force=True)
+        calls.append(stage)
+        if calls.count("bilevel") == 2:
+            raise StoppedError
+
+    monkeypatch.setattr(loop._Training, "save", stopping)
+    with pytest.raises(StoppedError):
+        training.train(bilevel(data_file, tmp_path))
+    monkeypatch.undo()
+    again = training.train(bilevel(data_file, tmp_path, resume=True))
+    assert again["test"] == told["test"]
+    assert again["stages"]["bilevel"]["codes"] == told["stages"]["bilevel"]["codes"]
+    a, b = (checkpoint.load(folder / "model.pt")["model"] for folder in (whole, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("joint", ("alternating", "simultaneous"))
+def test_the_other_ways_run(data_file, tmp_path, joint):
+    changes = {"stages": ("bilevel",), "bilevel": BilevelConfig(joint=joint, epochs=2, cycle=2)}
+    told = training.train(bilevel(data_file, tmp_path, **changes))
+    assert list(told["stages"]) == ["bilevel"] and told["config"]["bilevel"]["joint"] == joint
+    assert told["stages"]["bilevel"]["codes"]["updates"] == (1 if joint == "alternating" else 2)
+    assert training.evaluate(tmp_path, data=data_file) == told["test"]
+
+
+def test_options_of_the_command_reach_the_stage(data_file, tmp_path, monkeypatch, capsys):
+    got = []
+    monkeypatch.setattr(training, "train", lambda config: got.append(config) or {})
+    monkeypatch.setattr(training, "summary", str)
+    argv = ["train", "--data", str(data_file), "--out", str(tmp_path), "--stages", "sft,bilevel"]
+    argv += ["--order", "2", "--surgery", "none", "--updates-per-epoch", "5"]
+    assert cli.main([*argv, "--joint", "alternating"]) == 0
+    found = got[0].bilevel
+    assert (found.order, found.surgery, found.updates_per_epoch) == (2, "none", 5)
+    assert found.joint == "alternating"
+    assert got[0].learns_tokenizer()
+
+
 # ---- the rl stage ----
 
 
@@ -378,7 +468,7 @@ def test_commands(data_file, tmp_path, capsys):
     "arguments, text",
     (
         (["train", "--data", "no/such/folder", "--out", "{out}"], "no/such/folder"),
-        (["train", "--out", "{out}", "--stages", "rl"], "stages must be sft or sft,rl"),
+        (["train", "--out", "{out}", "--stages", "rl"], "stages must be of sft,bilevel,rl"),
         (["evaluate", "{out}"], "no such file"),
         (["recommend", "{out}", "--history", "1"], "no such file"),
     ),

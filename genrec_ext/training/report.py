@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7722", "#448844", "#999999"
+STAGE_COLORS = {"sft": BLUE, "bilevel": GREEN, "rl": ORANGE}
 COLUMNS = (
     "recall@5",
     "recall@10",
@@ -77,6 +78,8 @@ def write(
         ("What each level of the search prunes", _survival(metrics)),
         ("How popular is what is recommended", _popularity(recommended, train_counts, targets)),
     ]
+    if any("codes" in line for line in log):
+        figures.insert(3, ("How the tokenizer moved", _codes(metrics, log)))
     config = "".join(
         f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
         for key, value in metrics["config"].items()
@@ -117,8 +120,12 @@ Recall and NDCG are of the last item of each user, ranked among all items. {_pad
 
 
 def _padding(metrics: dict[str, Any]) -> str:
-    share = metrics["stages"].get("sft", {}).get("padding")
-    return "" if share is None else f"Padding in the batches of sft: {share:.1%}. "
+    shares = {name: stage.get("padding") for name, stage in metrics["stages"].items()}
+    return "".join(
+        f"Padding in the batches of {name}: {share:.1%}. "
+        for name, share in shares.items()
+        if share is not None
+    )
 
 
 def _number(value: Any) -> str:
@@ -151,28 +158,45 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(12, 3.6, 3)
-    for ax, stage, color in ((axes[0], "sft", BLUE), (axes[1], "rl", ORANGE)):
-        losses = [
-            (line["seconds"], line["loss"])
-            for line in log
-            if line["stage"] == stage and "loss" in line
-        ]
+    """The losses of the stages that ran, one beside the other, and validation over all."""
+    stages = list(dict.fromkeys(line["stage"] for line in log))
+    figure, axes = _figure(4 * (len(stages) + 1), 3.6, len(stages) + 1)
+    for ax, stage in zip(axes[:-1], stages, strict=True):
+        color = STAGE_COLORS[stage]
+        mine = [line for line in log if line["stage"] == stage]
+        losses = [(line["seconds"], line["loss"]) for line in mine if "loss" in line]
         ax.set(xlabel="seconds", title=f"{stage} loss")
-        if losses:
-            ax.plot(*zip(*losses, strict=True), color=color)
-        else:
-            ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes, color=GREY)
+        ax.plot(*zip(*losses), color=color)
         recalls = [
-            (line["seconds"], line["valid"]["recall@10"])
-            for line in log
-            if line["stage"] == stage and "valid" in line
+            (line["seconds"], line["valid"]["recall@10"]) for line in mine if "valid" in line
         ]
         if recalls:
-            axes[2].plot(*zip(*recalls, strict=True), color=color, marker="o", ms=3, label=stage)
-    axes[2].set(xlabel="seconds", title="Recall@10 on validation")
-    if axes[2].has_data():
-        axes[2].legend(frameon=False, loc="lower right")
+            axes[-1].plot(*zip(*recalls, strict=True), color=color, marker="o", ms=3, label=stage)
+    axes[-1].set(xlabel="seconds", title="Recall@10 on validation")
+    if axes[-1].has_data():
+        axes[-1].legend(frameon=False, loc="lower right")
+    return _image(figure)
+
+
+def _codes(metrics: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
+    """Churn, what became of the codebooks, and which tensors the two losses disagree on."""
+    updates = [line["codes"] for line in log if "codes" in line]
+    steps = [update["step"] for update in updates]
+    figure, axes = _figure(13, 3.6, 3)
+    axes[0].plot(steps, [update["churn"] for update in updates], color=BLUE, marker="o", ms=3)
+    axes[0].set(xlabel="step", title="items whose codes an update changed", ylim=(0, None))
+    for level, color in zip(range(len(updates[0]["entropy_bits"])), (BLUE, ORANGE, GREEN, GREY)):
+        values = [update["entropy_bits"][level] for update in updates]
+        axes[1].plot(steps, values, color=color, label=f"level {level + 1}")
+    axes[1].set(xlabel="step", title="entropy of the codes, bits")
+    axes[1].legend(frameon=False)
+    shares = metrics["stages"]["bilevel"].get("codes", {}).get("conflicts", {})
+    axes[2].barh(range(len(shares)), list(shares.values()), color=GREEN)
+    axes[2].set_yticks(range(len(shares)), list(shares), fontsize=8)
+    axes[2].invert_yaxis()
+    axes[2].set(title="share of updates in conflict", xlim=(0, 1))
+    if not shares:
+        axes[2].text(0.5, 0.5, "no surgery in this run", ha="center", transform=axes[2].transAxes)
     return _image(figure)
 
 
@@ -193,12 +217,14 @@ def _bars(metrics: dict[str, Any]) -> str:
 def _survival(metrics: dict[str, Any]) -> str:
     figure, axes = _figure(11, 3.6, 2)
     stages = metrics["stages"].items()
-    for place, ((name, stage), color) in enumerate(zip(stages, (BLUE, ORANGE))):
+    for place, (name, stage) in enumerate(stages):
+        color = STAGE_COLORS[name]
         survival, pruned = stage["test"]["prefix_survival"], stage["test"]["pruned"]
         lengths = np.arange(len(survival) + 1)
         axes[0].plot(lengths, [1, *survival], color=color, marker="o", ms=4, label=f"after {name}")
-        offset = (place - (len(stages) - 1) / 2) * 0.38
-        axes[1].bar(lengths[1:] + offset, pruned, 0.36, color=color, label=f"after {name}")
+        width = 0.76 / len(stages)
+        offset = (place - (len(stages) - 1) / 2) * width
+        axes[1].bar(lengths[1:] + offset, pruned, 0.95 * width, color=color, label=f"after {name}")
     axes[0].set(xlabel="codes of the semantic ID", title="targets still in a beam", ylim=(0, 1.02))
     axes[1].set(xlabel="level", title="targets pruned by it")
     for ax in axes:
