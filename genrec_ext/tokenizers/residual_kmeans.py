@@ -335,7 +335,9 @@ def _round(scores: Tensor, capacity: int) -> Tensor:
         asked = wanted[:, 0]
         if done >= _PATIENCE:
             skip.clamp_(max=int((room > 0).sum()) - 1)
-            asked = scores.argsort(1, descending=True, stable=True).gather(1, skip[:, None])[:, 0]
+            asked = scores.argsort(dim=1, descending=True, stable=True).gather(1, skip[:, None])[
+                :, 0
+            ]
         order = regret.argsort(descending=True, stable=True)
         order = order[asked[order].argsort(stable=True)]
         by_column = asked[order]
