@@ -512,6 +512,9 @@ def test_rounding_respects_capacities_whatever_the_scores() -> None:
         ):
             code = module._round(scores, capacity)
             assert torch.bincount(code, minlength=columns).max() <= capacity
+    # Rows that are all alike get their columns from the best one down, in order.
+    alike = torch.arange(20.0).flip(0).expand(100, -1).clone()
+    assert torch.bincount(module._round(alike, 5)).tolist() == [5] * 20
     # The one who would lose most stays.
     assert module._round(torch.tensor([[0.0, -1.0], [0.0, -2.0]]), 1).tolist() == [1, 0]
 

@@ -286,6 +286,7 @@ def _first_centroids(vectors: Tensor, size: int, generator: torch.Generator) -> 
 # In units of the mean squared distance beyond the nearest; docs/tokenizers.md has what they give.
 _EPSILON, _ITERATIONS = 0.1, 30
 _UNDERFLOW = -104.0  # below the logarithm of float32's least positive number
+_PATIENCE = 8  # rounds in which every row asks for its best column
 # In logarithms of the plan: tells ties apart and nothing else.
 _TIE = 1e-3
 
@@ -320,16 +321,23 @@ def _round(scores: Tensor, capacity: int) -> Tensor:
 
     All rows that are left ask for their best open column; a column takes those that would lose most
     by their second best, and closes when it is full. A round in which a row is refused closes a
-    column, so there are at most K.
+    column, so there are at most K. Rows that are much alike would need them all: after a few rounds
+    those far behind in a queue skip as many of their best columns as would be full before them.
     """
     N, K = scores.shape
     code = torch.empty(N, dtype=torch.int64)
     room = torch.full((K,), capacity)
     left = torch.arange(N)
-    while len(left):
+    skip = torch.zeros(N, dtype=torch.int64)
+    for done in range(K):
         best, wanted = scores.topk(min(2, K), 1)
-        asked = wanted[:, 0]
         regret = best[:, 0] - best[:, -1]
+        asked = wanted[:, 0]
+        if done >= _PATIENCE:
+            skip.clamp_(max=int((room > 0).sum()) - 1)
+            asked = scores.argsort(dim=1, descending=True, stable=True).gather(1, skip[:, None])[
+                :, 0
+            ]
         order = regret.argsort(descending=True, stable=True)
         order = order[asked[order].argsort(stable=True)]
         by_column = asked[order]
@@ -337,8 +345,11 @@ def _round(scores: Tensor, capacity: int) -> Tensor:
         place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[by_column]
         taken = place < room[by_column]
         code[left[order[taken]]] = by_column[taken]
+        skip[order] = place // capacity
         room -= counts.minimum(room)
         again = order[~taken].sort()[0]
-        left, scores = left[again], scores[again]
+        if not len(again):
+            break
+        left, scores, skip = left[again], scores[again], skip[again]
         scores[:, room == 0] = -math.inf
     return code
