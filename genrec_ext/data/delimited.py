@@ -7,14 +7,13 @@ finds irregular is read again here, where a record knows its line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import tables
 from .interactions import DataError
-from .reading import Facts, Layout, Reading, add_records, layout_of
-from .text_files import Record, is_gzip, is_text, number, records
+from .reading import Facts, Layout, Reading, add_batches, layout_of
+from .text_files import batches, is_gzip, is_text, number, records
 
 # An ASIN: a book's ISBN, or Amazon's own.
 _ASIN = re.compile(r"[0-9]{9}[0-9X]|B[0-9A-Z]{9}")
@@ -137,12 +136,10 @@ def _movies(path: Path, separator: str, reading: Reading) -> Facts:
     facts = Facts({}, {})
     assert facts.titles is not None and facts.texts is not None
     wanted = 24 if separator == "|" else 3
-    source = records(path, separator, quoted=separator == ",")
-    for record in islice(source, 1 if separator == "," else 0, None):
+    has_header = separator == ","
+    for record in records(path, separator, quoted=has_header, skip=int(has_header)):
         if record.problem or len(record.fields) != wanted:
-            reading.tally.bad(
-                f"{record.where(path)} has {len(record.fields)} fields; expected {wanted}"
-            )
+            reading.tally.bad(f"{record.where} has {len(record.fields)} fields; expected {wanted}")
             continue
         item, title = record.fields[0], _latin(record.fields[1]).strip()
         if item in known:
@@ -205,10 +202,10 @@ def _recbole_items(path: Path, reading: Reading) -> Facts:
     known = set(reading.log.items)
     facts = Facts({}, {})
     assert facts.titles is not None and facts.texts is not None
-    for record in islice(records(path, "\t", False), 1, None):
+    for record in records(path, "\t", False, skip=1):
         if len(record.fields) != len(columns):
             reading.tally.bad(
-                f"{record.where(path)} has {len(record.fields)} fields; expected {len(columns)}"
+                f"{record.where} has {len(record.fields)} fields; expected {len(columns)}"
             )
             continue
         item = record.fields[names.index("item_id")]
@@ -227,5 +224,5 @@ def _read(path: Path, layout: Layout, reading: Reading) -> None:
             return
         reading.log.back(mark)
         vars(reading.tally).update(counted)
-    found: Iterator[Record] = records(path, layout.separator, layout.quoted)
-    add_records(path, islice(found, int(layout.header), None), layout, reading)
+    found = batches(path, layout.separator, layout.quoted, skip=int(layout.header))
+    add_batches(found, layout, reading)

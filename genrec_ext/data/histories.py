@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from .delimited import header_of
@@ -88,9 +87,9 @@ def _rows(
             f"{path}: no column {missing[0]} among {', '.join(header)}; expected "
             f"{', '.join(needed)}"
         )
-    for record in islice(records(path, separator, quoted), 1, None):
+    for record in records(path, separator, quoted, skip=1):
         reading.tally.rows += 1
-        where = record.where(path)
+        where = record.where
         cells = dict(zip(header, record.fields))
         if record.problem:
             reading.tally.bad(f"{where} {record.problem}")

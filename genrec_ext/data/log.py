@@ -13,6 +13,9 @@ import numpy as np
 
 from .sequences import Names, Sequences, blocks
 
+# User and item int32, time float64 or None, of some rows.
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+_PART = 1 << 18
 # Users of a block, their rows, and bool [rows]: which of them stay.
 _Kept = tuple[slice, slice, np.ndarray]
 
@@ -29,10 +32,11 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self._users: dict[str, int] = {}
-        self._items: dict[str, int] = {}
+        self._users = _Numbers()
+        self._items = _Numbers()
         self._num_users = 0
-        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._parts: list[_Part] = []
+        self._fresh: list[_Part] = []  # small ones, that become one of _PART rows
 
     @property
     def items(self) -> Sequence[str]:
@@ -40,28 +44,37 @@ class Log:
         return list(self._items)
 
     def __len__(self) -> int:
-        return sum(len(users) for users, _, _ in self._parts)
+        return sum(len(users) for users, _, _ in [*self._parts, *self._fresh])
 
     def add(
         self, users: Sequence[str], items: Sequence[str], times: np.ndarray | None = None
     ) -> None:
         """More rows; all have times, float64, or none has."""
         if users:
-            self._parts.append(
-                (_numbered(self._users, users), _numbered(self._items, items), times)
-            )
+            self._fresh.append((self._users.of(users), self._items.of(items), times))
+            if sum(len(part[0]) for part in self._fresh) >= _PART:
+                self._merge()
+
+    def _merge(self) -> None:
+        if self._fresh:
+            users, items, times = zip(*self._fresh)
+            together = None if times[0] is None else np.concatenate(times)
+            self._parts.append((np.concatenate(users), np.concatenate(items), together))
+            self._fresh = []
 
     def declare(self, users: Sequence[str]) -> None:
         """Users who count even without a row."""
-        _numbered(self._users, users)
+        self._users.of(users)
 
     def mark(self) -> tuple[int, int, int]:
         """A point to go back to."""
+        self._merge()
         return len(self._parts), len(self._users), len(self._items)
 
     def back(self, mark: tuple[int, int, int]) -> None:
         """Forgets what came after a mark."""
         parts, users, items = mark
+        self._fresh = []
         del self._parts[parts:]
         for table, size in ((self._users, users), (self._items, items)):
             while len(table) > size:
@@ -71,7 +84,10 @@ class Log:
         """Users and items in the order of their first row; the log forgets the names."""
         users, items = Names(self._users), list(self._items)
         self._num_users = len(self._users)
-        self._users, self._items = {}, {}  # these tables take more room than all else
+        self._users, self._items = (
+            _Numbers(),
+            _Numbers(),
+        )  # these tables take more room than all else
         return users, items
 
     def by_user(self) -> Events:
@@ -79,6 +95,7 @@ class Log:
 
         Comes after :meth:`names`, and empties the log.
         """
+        self._merge()
         lengths = np.zeros(self._num_users, dtype=np.int64)
         for users, _, _ in self._parts:
             np.add.at(lengths, users, 1)
@@ -107,9 +124,16 @@ class Log:
         return events
 
 
-def _numbered(table: dict[str, int], keys: Sequence[str]) -> np.ndarray:
-    number = table.setdefault
-    return np.fromiter((number(key, len(table)) for key in keys), np.int32, len(keys))
+class _Numbers(dict[str, int]):
+    """Keys with the number of those before them; a key that is new gets the next."""
+
+    def __missing__(self, key: str) -> int:
+        number = self[key] = len(self)
+        return number
+
+    def of(self, keys: Sequence[str]) -> np.ndarray:
+        """int32"""
+        return np.fromiter(map(self.__getitem__, keys), np.int32, len(keys))
 
 
 class Events:
@@ -173,12 +197,16 @@ class Events:
         assert self.times is not None
         for users, rows in self._blocks():
             owner, item, time = self._owner(users), self.items[rows], self.times[rows]
+            keep = np.ones(len(item), dtype=bool)
+            # Only rows of one user at one time can be the same; they stand together already.
+            tied = (np.diff(owner) == 0) & (np.diff(time) == 0)
+            places = np.flatnonzero(np.append(tied, False) | np.insert(tied, 0, False))[: len(item)]
+            owner, item, time = owner[places], item[places], time[places]
             order = np.lexsort((item, time, owner))
             same = np.ones(max(len(order) - 1, 0), dtype=bool)
             for column in (owner, item, time):
                 same &= np.diff(column[order]) == 0
-            keep = np.ones(len(order), dtype=bool)
-            keep[order[1:][same]] = False
+            keep[places[order[1:][same]]] = False
             yield users, rows, keep
 
     def _compact(self, kept: Iterable[_Kept]) -> None:

@@ -6,9 +6,9 @@ what it knows of the items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from .interactions import DataError
 from .log import Log
 from .tally import Tally
-from .text_files import BATCH, Record, is_text, number, numbers
+from .text_files import Batch, is_text, number, numbers
 
 SECONDS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 """How many of a unit of time are a second."""
@@ -158,20 +158,19 @@ def layout_of(
     )
 
 
-def add_records(path: Path, records: Iterable[Record], layout: Layout, reading: Reading) -> None:
+def add_batches(batches: Iterable[Batch], layout: Layout, reading: Reading) -> None:
     """Puts records into the log; malformed ones are counted, or end the reading."""
-    source: Iterator[Record] = iter(records)
-    while batch := list(islice(source, BATCH)):
-        reading.tally.rows += len(batch)
-        columns = _columns(batch, layout)
+    for batch in batches:
+        reading.tally.rows += len(batch.rows)
+        columns = None if batch.problems else _columns(batch.rows, layout)
         if columns is None:
             good = []
-            for record in batch:
-                problem = _problem(record, layout)
+            for place, fields in enumerate(batch.rows):
+                problem = batch.problems.get(place) or _problem(fields, layout)
                 if problem:
-                    reading.tally.bad(f"{record.where(path)} {problem}")
+                    reading.tally.bad(f"{batch.where(place)} {problem}")
                 else:
-                    good.append(record)
+                    good.append(fields)
             columns = _columns(good, layout)
             assert columns is not None
         add_columns(*columns, reading)
@@ -197,34 +196,29 @@ def add_columns(
 _Columns = tuple[list[str], list[str], np.ndarray | None, np.ndarray | None]
 
 
-def _columns(batch: list[Record], layout: Layout) -> _Columns | None:
-    """The columns of a batch, or None where any of its records is malformed."""
-    if any(len(record.fields) != layout.width or record.problem for record in batch):
+def _columns(rows: list[list[str]], layout: Layout) -> _Columns | None:
+    """The columns of some records, or None where any of them is malformed."""
+    if rows and set(map(len, rows)) != {layout.width}:
         return None
-    users = [record.fields[layout.user] for record in batch]
-    items = [record.fields[layout.item] for record in batch]
+    users = list(map(itemgetter(layout.user), rows))
+    items = list(map(itemgetter(layout.item), rows))
     if "" in users or "" in items or not is_text("".join(users)) or not is_text("".join(items)):
         return None
     times = ratings = None
     if layout.time is not None:
-        place = layout.time
-        times = numbers([record.fields[place] for record in batch])
+        times = numbers(list(map(itemgetter(layout.time), rows)))
         if times is None:
             return None
         times /= layout.units
     if layout.rating is not None:
-        place = layout.rating
-        ratings = numbers([record.fields[place] for record in batch])
+        ratings = numbers(list(map(itemgetter(layout.rating), rows)))
         if ratings is None:
             return None
     return users, items, times, ratings
 
 
-def _problem(record: Record, layout: Layout) -> str:
+def _problem(fields: list[str], layout: Layout) -> str:
     """What is wrong with a record, and what was expected; empty where nothing is."""
-    fields = record.fields
-    if record.problem:
-        return record.problem
     if fields in ([], [""]):
         return "is empty; expected an interaction"
     if len(fields) != layout.width:

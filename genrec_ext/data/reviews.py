@@ -9,12 +9,13 @@ import ast
 import html
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .interactions import DataError
-from .reading import Facts, Layout, Reading, add_records, role_positions, shortened
-from .text_files import Record, is_text, lines
+from .reading import Facts, Layout, Reading, add_batches, role_positions, shortened
+from .text_files import BATCH, Batch, is_text, lines
 
 _USERS = ("reviewerID", "user_id")
 # In the order in which they say most about an item; the first of a pair that is there counts.
@@ -66,7 +67,7 @@ def read_reviews(paths: Sequence[Path], reading: Reading) -> Facts:
             units=reading.units(unit),
         )
         reading.tally.files.append(path.name)
-        add_records(path, _records(path, list(wanted.values())), layout, reading)
+        add_batches(_batches(path, list(wanted.values())), layout, reading)
         companion = _metadata_of(path)
         if companion is not None:
             facts = _metadata(companion, reading)
@@ -87,27 +88,36 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def _records(path: Path, keys: list[str]) -> Iterator[Record]:
-    for number, line in lines(path):
-        found = _parsed(line)
-        problem = ""
-        fields: list[str] = []
-        if not line.strip():
-            problem = "is empty; expected a review"
-        elif not isinstance(found, dict):
-            problem = f"is {shortened(line)}; expected a JSON object"
-        else:
-            for key in keys:
-                value = found.get(key)
-                if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                    problem = (
-                        f"has no {key}; expected one"
-                        if value is None
-                        else f"has {shortened(repr(value))} as {key}; expected a string or a number"
-                    )
-                    break
-                fields.append(value if isinstance(value, str) else repr(value))
-        yield Record(fields, number, number, problem)
+def _batches(path: Path, keys: list[str]) -> Iterator[Batch]:
+    """The values of some keys, of each review."""
+    source = lines(path)
+    while chosen := list(islice(source, BATCH)):
+        rows: list[list[str]] = []
+        problems = {}
+        for _, line in chosen:
+            fields, problem = _fields(line, keys)
+            if problem:
+                problems[len(rows)] = problem
+            rows.append(fields)
+        yield Batch(path, rows, chosen[0][0], chosen[-1][0], problems)
+
+
+def _fields(line: str, keys: list[str]) -> tuple[list[str], str]:
+    """Values as strings, and what is wrong, if anything."""
+    if not line.strip():
+        return [], "is empty; expected a review"
+    found = _parsed(line)
+    if not isinstance(found, dict):
+        return [], f"is {shortened(line)}; expected a JSON object"
+    fields = []
+    for key in keys:
+        value = found.get(key)
+        if value is None:
+            return [], f"has no {key}; expected one"
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            return [], f"has {shortened(repr(value))} as {key}; expected a string or a number"
+        fields.append(value if isinstance(value, str) else repr(value))
+    return fields, ""
 
 
 def _metadata_of(path: Path) -> Path | None:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
 from .interactions import DataError
 
-BATCH = 1 << 16
-"""Records that a reader looks at together."""
+_LINE_END = re.compile(r"\r\n|\r|\n")
+BATCH = 1 << 10
+"""Records that a reader looks at together: few enough to be gone before the collector of garbage
+takes them for long-lived and looks at everything; 65,536 took twice as long."""
 
 
 def is_gzip(path: Path) -> bool:
@@ -64,54 +69,105 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-class Record:
-    """The fields of a record, or what is wrong with it, and its place."""
+class Batch:
+    """Some records that follow each other.
 
-    __slots__ = ("fields", "first", "last", "problem")
+    Args:
+        path: their file.
+        rows: the fields of each; empty where the record could not be taken apart.
+        first: line of the first.
+        last: line of the last.
+        problems: place -> what is wrong with a record, where that is known already.
+    """
 
-    def __init__(self, fields: list[str], first: int, last: int, problem: str = "") -> None:
-        self.fields = fields
-        self.first = first
-        self.last = last
-        self.problem = problem
+    def __init__(
+        self,
+        path: Path,
+        rows: list[list[str]],
+        first: int,
+        last: int,
+        problems: dict[int, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.rows = rows
+        self.problems = problems or {}
+        self._first = first
+        self._last = last
 
-    def where(self, path: Path) -> str:
-        """File and line, or lines, for a message."""
-        if self.first >= self.last:
-            return f"{path}: line {self.last}"
-        return f"{path}: lines {self.first} to {self.last}"
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """The last line of each record; counted only for a message."""
+        if self._last - self._first + 1 == len(self.rows):
+            return np.arange(self._first, self._last + 1)
+        breaks = [sum(len(_LINE_END.findall(field)) for field in row) for row in self.rows]
+        ends = self._first + np.cumsum(np.array(breaks) + 1) - 1
+        ends[-1] = self._last  # what a record without fields swallowed, it ends with
+        return ends
+
+    def where(self, place: int) -> str:
+        """File and line, or lines, of a record."""
+        first = self._first if place == 0 else int(self._ends[place - 1]) + 1
+        last = int(self._ends[place])
+        lines = f"line {last}" if first >= last else f"lines {first} to {last}"
+        return f"{self.path}: {lines}"
 
 
-def records(path: Path, separator: str, quoted: bool) -> Iterator[Record]:
-    """The records of a delimited file, a header included.
+def batches(path: Path, separator: str, quoted: bool, skip: int = 0) -> Iterator[Batch]:
+    """The records of a delimited file, in batches.
 
     Args:
         path: the file.
         separator: one character or several.
         quoted: whether fields may stand in double quotes, and then hold separators and line ends.
+        skip: records to leave out at the beginning.
+
+    Raises:
+        DataError: a compressed file is damaged; names the line up to which it could be read.
     """
-    if not quoted:
-        for number, line in lines(path):
-            yield Record(line.split(separator), number, number)
-        return
-    first = 1
+    last = 0
     try:
-        with open_text(path, newline="") as file:
-            reader = csv.reader(file, delimiter=separator, strict=True)
+        with open_text(path, newline="" if quoted else "\n") as file:
+            reader = csv.reader(file, delimiter=separator, strict=True) if quoted else None
+            size = skip or BATCH
             while True:
-                try:
-                    fields = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield Record([], first, reader.line_num, f"is no CSV ({error})")
+                rows: list[list[str]] = []
+                problems = {}
+                if reader is None:
+                    for line in islice(file, size):
+                        rows.append(line.removesuffix("\n").removesuffix("\r").split(separator))
+                    first, last = last + 1, last + len(rows)
                 else:
-                    yield Record(fields, first, reader.line_num)
-                first = reader.line_num + 1
+                    first = last + 1
+                    try:
+                        rows.extend(islice(reader, size))  # those before an error stay
+                    except csv.Error as error:
+                        problems[len(rows)] = f"is no CSV ({error})"
+                        rows.append([])
+                    last = reader.line_num
+                if not rows:
+                    return
+                skipped, skip, size = skip, 0, BATCH
+                if not skipped or problems:
+                    yield Batch(path, rows, first, last, problems)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{path}: damaged after line {first - 1} ({error}); expected a whole gzip file"
+            f"{path}: damaged after line {last} ({error}); expected a whole gzip file"
         ) from error
+
+
+class Record(NamedTuple):
+    """One record, for files that are small enough to look at each."""
+
+    fields: list[str]
+    where: str
+    problem: str
+
+
+def records(path: Path, separator: str, quoted: bool, skip: int = 0) -> Iterator[Record]:
+    """The records of a delimited file one by one; arguments and errors are those of `batches`."""
+    for batch in batches(path, separator, quoted, skip):
+        for place, fields in enumerate(batch.rows):
+            yield Record(fields, batch.where(place), batch.problems.get(place, ""))
 
 
 def number(text: str) -> float | None:
