@@ -227,7 +227,7 @@ def _problem(fields: list[str], layout: Layout) -> str:
         if not fields[place]:
             return f"has no {role} id; expected one"
         if not is_text(fields[place]):
-            return f"has a {role} id that is not UTF-8; expected UTF-8 text"
+            return f"has an id of the {role} that is not UTF-8; expected UTF-8 text"
     for role, at in (("time", layout.time), ("rating", layout.rating)):
         if at is not None and number(fields[at]) is None:
             return f"has the {role} {shortened(fields[at])}; expected a finite number"
