@@ -52,6 +52,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/bench_trie.py
 	$(BIN)/python bench/bench_decode.py
 	$(BIN)/python bench/bench_tokenizer.py
+	$(BIN)/python bench/bench_data.py
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench

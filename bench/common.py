@@ -91,13 +91,13 @@ def peak_memory(method: Callable[[], Any], device: str = "cpu") -> float:
         method()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     method()
-    return (_resident("VmHWM") - before) / 1024
+    return (resident("VmHWM") - before) / 1024
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """A line of this process's status, in KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):

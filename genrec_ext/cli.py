@@ -1,6 +1,6 @@
-"""The ``genrec`` command: demo, train, evaluate, recommend, tokenize, info.
+"""The ``genrec`` command: demo, train, evaluate, recommend, tokenize, data, info.
 
-Parses arguments, calls ``training`` or ``tokenizers`` and prints; no other logic lives here.
+Parses arguments, calls ``training``, ``tokenizers`` or ``data`` and prints; no logic lives here.
 """
 
 from __future__ import annotations
@@ -147,10 +147,41 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--capacity", type=_positive(int), help="of --collisions capacity")
     tokenize.add_argument("--save-tokenizer", metavar="FILE", help="X.safetensors, besides")
     tokenize.add_argument("--json", action="store_true", help="print JSON")
+    _data_parser(commands)
 
     info = commands.add_parser("info", help="what is installed and what this machine will use")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _data_parser(commands: Any) -> None:
+    data = commands.add_parser("data", help="read a data set and print its card")
+    data.add_argument("path", nargs="+", help="a file, a folder, or the files of one data set")
+    data.add_argument("--format", help="which format (default: recognised)")
+    data.add_argument(
+        "--columns", type=_columns, help="such as user=who,item=what,time=when; or user=0,item=1"
+    )
+    data.add_argument("--time-unit", choices=("s", "ms", "us", "ns"))
+    data.add_argument(
+        "--skip-malformed", action="store_true", help="count and leave out malformed rows"
+    )
+    data.add_argument(
+        "--drop-duplicates", action="store_true", help="leave out what repeats user, item and time"
+    )
+    data.add_argument("--min-rating", type=float)
+    data.add_argument("--min-user", type=_positive(int), default=1, help="of the core")
+    data.add_argument("--min-item", type=_positive(int), default=1, help="of the core")
+    data.add_argument(
+        "--split",
+        choices=("leave-one-out", "time"),
+        help="with the figures of this split; time: at the 80%% and 90%% quantiles",
+    )
+    data.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _columns(text: str) -> dict[str, str | int]:
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    return {role: int(name) if name.isdecimal() else name for role, name in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "data":
+        return _data(arguments)
     from . import training
 
     if arguments.command == "demo":
@@ -226,6 +259,33 @@ def _tokenize(arguments: argparse.Namespace) -> int:
     del options["command"]
     found = command.tokenize_items(**options, progress=command.can_show_progress())
     print(json.dumps(found, indent=2) if as_json else command.summary(found))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from . import data
+
+    found = data.load(
+        arguments.path if len(arguments.path) > 1 else arguments.path[0],
+        format=arguments.format,
+        min_interactions=3 if arguments.split == "leave-one-out" else 1,
+        columns=arguments.columns,
+        time_unit=arguments.time_unit,
+        malformed="skip" if arguments.skip_malformed else "error",
+        duplicates="drop" if arguments.drop_duplicates else "keep",
+        min_rating=arguments.min_rating,
+        min_user=arguments.min_user,
+        min_item=arguments.min_item,
+    )
+    split = None
+    if arguments.split == "leave-one-out":
+        split = data.leave_one_out(found)
+    elif arguments.split == "time":
+        split = data.time_split(found, quantiles=(0.8, 0.9))
+    if arguments.json:
+        print(json.dumps(data.card_facts(found, split), indent=2))
+    else:
+        print(data.data_card(found, split))
     return 0
 
 

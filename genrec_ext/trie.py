@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
-from .data.readers import read_index, read_parquet_codes
+from .data.readers import read_index
+from .data.tables import read_parquet_codes
 from .tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ class Trie:
             OSError: there is no such file, or it cannot be read.
             ValueError: the file is no Parquet table, a column is missing or holds something else,
                 or the codes do not fit; names the file.
-            ImportError: polars, of the ``[parquet]`` extra, is not installed.
+            ImportError: polars, of the ``[data]`` extra, is not installed.
         """
         array, item_ids = read_parquet_codes(os.fspath(path), codes, item_id)
         try:

@@ -5,6 +5,7 @@ The only place where tests write data files.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,3 +51,11 @@ def write_inter(
 def write_lines(folder: Path, *lines: str, name: str = "Shop.txt") -> Path:
     """An S3-Rec text file; its path."""
     return write(folder / name, "".join(f"{line}\n" for line in lines))
+
+
+def compressed(path: Path) -> Path:
+    """The file as gzip beside it, instead of it."""
+    packed = path.with_name(path.name + ".gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed

@@ -360,7 +360,7 @@ def test_parquet_errors(
     polars.DataFrame(rows).clear().write_parquet(path)
     fails("no items; expected at least one")
     monkeypatch.setitem(sys.modules, "polars", None)
-    fails("pip install 'genrec-ext[parquet]'")
+    fails("pip install 'genrec-ext[data]'")
 
 
 def test_a_write_that_fails_leaves_the_old_table(

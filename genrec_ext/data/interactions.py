@@ -10,8 +10,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .sequences import Sequences, lengths_of
+
+if TYPE_CHECKING:
+    from .tally import ReadReport
 
 
 class DataError(ValueError):
@@ -27,24 +33,30 @@ class Interactions:
 
     Args:
         name: label for logs and reports.
-        sequences: one int64 array a user, internal item ids `0..num_items-1`, oldest first.
+        sequences: one int64 array a user, internal item ids `0..num_items-1`, oldest first; a list,
+            or `Sequences`, which is small.
         user_ids: the source's own id of each user, in the order of `sequences`.
         item_ids: internal id -> the source's own item id; its length is the catalogue's size.
         codes: int64 `[num_items, levels]`, semantic IDs as level-local codes from 0, or None.
         titles: one short name an item (empty where unknown), or None.
         texts: one text an item (empty where unknown), or None.
+        times: one float64 array a user, seconds that do not fall, or None where the source has
+            none.
+        report: what reading met, where the data were read; no part of the content.
 
     Raises:
         DataError: the parts do not fit together.
     """
 
     name: str
-    sequences: list[np.ndarray]
-    user_ids: list[str]
+    sequences: Sequence[np.ndarray]
+    user_ids: Sequence[str]
     item_ids: list[str]
     codes: np.ndarray | None = None
     titles: list[str] | None = None
     texts: list[str] | None = None
+    times: Sequence[np.ndarray] | None = None
+    report: ReadReport | None = None
 
     def __post_init__(self) -> None:
         if len(self.user_ids) != len(self.sequences):
@@ -54,17 +66,8 @@ class Interactions:
             )
         if len(self._internal) != self.num_items:
             raise DataError(f"{self.name}: item_ids repeat; expected each item once")
-        for user, sequence in zip(self.user_ids, self.sequences, strict=True):
-            if sequence.ndim != 1 or sequence.dtype != np.int64:
-                raise DataError(
-                    f"{self.name}: sequence of user {user!r} is {sequence.dtype} with "
-                    f"{sequence.ndim} dimensions; expected int64 with one"
-                )
-            if sequence.size and not 0 <= sequence.min() <= sequence.max() < self.num_items:
-                raise DataError(
-                    f"{self.name}: sequence of user {user!r} holds ids from {sequence.min()} to "
-                    f"{sequence.max()}; expected 0 to {self.num_items - 1}"
-                )
+        self._check_sequences()
+        self._check_times()
         if self.codes is not None:
             shape = self.codes.shape
             if len(shape) != 2 or shape[0] != self.num_items or self.codes.dtype != np.int64:
@@ -79,6 +82,40 @@ class Interactions:
                 raise DataError(
                     f"{self.name}: {len(values)} {field} for {self.num_items} items; "
                     "expected one an item"
+                )
+
+    def _check_sequences(self) -> None:
+        if isinstance(self.sequences, Sequences):
+            # All in one look: a loop over millions of users would take longer than reading them.
+            flat = self.sequences.flat
+            if flat.size and not 0 <= flat.min() <= flat.max() < self.num_items:
+                raise DataError(
+                    f"{self.name}: sequences hold ids from {flat.min()} to {flat.max()}; "
+                    f"expected 0 to {self.num_items - 1}"
+                )
+            return
+        for user, sequence in zip(self.user_ids, self.sequences, strict=True):
+            if sequence.ndim != 1 or sequence.dtype != np.int64:
+                raise DataError(
+                    f"{self.name}: sequence of user {user!r} is {sequence.dtype} with "
+                    f"{sequence.ndim} dimensions; expected int64 with one"
+                )
+            if sequence.size and not 0 <= sequence.min() <= sequence.max() < self.num_items:
+                raise DataError(
+                    f"{self.name}: sequence of user {user!r} holds ids from {sequence.min()} to "
+                    f"{sequence.max()}; expected 0 to {self.num_items - 1}"
+                )
+
+    def _check_times(self) -> None:
+        if self.times is None or isinstance(self.times, Sequences):
+            return
+        if not np.array_equal(lengths_of(self.times), lengths_of(self.sequences)):
+            raise DataError(f"{self.name}: times do not match sequences; expected one an item")
+        for user, times in zip(self.user_ids, self.times, strict=True):
+            if times.dtype != np.float64 or not (np.diff(times, prepend=times[:1]) >= 0).all():
+                raise DataError(
+                    f"{self.name}: times of user {user!r} are {times.dtype} and fall or hold NaN; "
+                    "expected float64 seconds that do not fall"
                 )
 
     @property
@@ -133,7 +170,7 @@ class Interactions:
 
         strings(self.user_ids)
         strings(self.item_ids)
-        integers(np.array([len(sequence) for sequence in self.sequences], dtype=np.int64))
+        integers(lengths_of(self.sequences))
         for sequence in self.sequences:
             integers(sequence)
         if self.codes is None:
@@ -142,4 +179,7 @@ class Interactions:
             integers(self.codes)
         strings(self.titles)
         strings(self.texts)
+        if self.times is not None:
+            for times in self.times:
+                digest.update(np.ascontiguousarray(times, dtype="<f8").tobytes())
         return digest.hexdigest()

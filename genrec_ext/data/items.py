@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from .interactions import DataError
-from .readers import MAX_CODE, import_polars, is_item_id, read_items, read_lines
+from .readers import MAX_CODE, is_item_id, read_items, text_of
+from .tables import import_polars
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -53,7 +54,7 @@ def load_items(
     Raises:
         DataError: anything missing, malformed or inconsistent, or an argument of another kind of
             file; the text names the file.
-        ImportError: Parquet without polars, of the `[parquet]` extra.
+        ImportError: Parquet without polars, of the `[data]` extra.
     """
     path = Path(path)
     kind = next((end for end in (".item.json", ".npy", ".parquet") if path.name.endswith(end)), "")
@@ -107,7 +108,7 @@ def _read_npy(path: Path, ids: Path | None) -> Items:
         raise DataError(f"{path}: {what}; expected floats [N, D]")
     if ids is None:
         return Items([str(item) for item in range(len(vectors))], vectors=vectors)
-    names = read_lines(ids)
+    names = text_of(ids).removesuffix("\n").split("\n")
     if len(names) != len(vectors):
         raise DataError(
             f"{ids}: {len(names)} lines; expected {len(vectors)}, one a row of {path.name}"
