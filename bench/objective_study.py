@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,13 +22,11 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, machine, table
+from study import K, Line, Results, cell, interval, measure, read, seeds_of, stacked, write
 
-from genrec_ext import metrics
-from genrec_ext.data import leave_one_out
 from genrec_ext.models import CompactConfig
-from genrec_ext.training import SFTConfig, TrainConfig, evaluation, run, train
+from genrec_ext.training import SFTConfig, TrainConfig, evaluation
 
-K = 10
 BASE = "CE"
 Setting = tuple[SFTConfig, CompactConfig]
 
@@ -49,56 +46,7 @@ METHODS: dict[str, Setting] = {
 }
 """APAO's own normalisation is that of its last two; over children is this library's."""
 
-Line = dict[str, Any]
-Results = dict[tuple[str, str, int], Line]
-"""(data, method, seed) -> the figures of that run."""
-
-
-def read(path: Path) -> Results:
-    if not path.exists():
-        return {}
-    lines = json.loads(path.read_text())["results"]
-    return {(line["data"], line["method"], line["seed"]): line for line in lines}
-
-
-def write(path: Path, results: Results) -> None:
-    """A run a line, at once or not at all."""
-    head = json.dumps({"machine": machine(), "k": K})[:-1]
-    lines = ",\n".join(json.dumps(line) for line in results.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(f'{head}, "results": [\n{lines}\n]}}\n')
-    partial.replace(path)
-
-
 # ---- running ----
-
-
-def measure(config: TrainConfig) -> Line:
-    """Trains, or goes on training, and takes the figures of every test user."""
-    told = train(config)
-    loaded = run.load(config.out, config.device)
-    split = leave_one_out(run.open_data(config.data, config.index, config.seed))
-    items, kept = evaluation.rank_test(loaded.model, loaded.trie, split)
-    group = evaluation.collision_groups(loaded.model.codes.cpu().numpy())
-    recall = metrics.recall(items, split.test_targets, K, group)
-    ndcg = metrics.ndcg(items, split.test_targets, K, group)
-    hit = np.flatnonzero(recall)
-    # Ids are shuffled by seed and users are not, so a user is the same one in every run.
-    ranks = np.rint(2 ** (recall[hit] / ndcg[hit]) - 2).astype(int)
-    test = told["stages"]["sft"]["test"]
-    return {
-        "steps": told["stages"]["sft"]["steps"],
-        "seconds": told["stages"]["sft"]["seconds"],
-        "padding": told["stages"]["sft"]["padding"],
-        "kept_step": told["stages"]["sft"]["kept"]["step"],
-        "valid": told["stages"]["sft"]["valid"][f"recall@{K}"],
-        "coverage": test[f"coverage@{K}"],
-        "cold_recall": test[f"cold_recall@{K}"],
-        "users": len(items),
-        "hits": [[int(u), int(r), float(recall[u])] for u, r in zip(hit, ranks)],
-        "survival": [round(float(x), 6) for x in kept.mean(0)],
-    }
 
 
 def sweep(arguments: argparse.Namespace, path: Path) -> None:
@@ -125,7 +73,7 @@ def sweep(arguments: argparse.Namespace, path: Path) -> None:
             if results.get((name, method, seed), {}).get("settings") == told:
                 continue
             line = {"data": name, "method": method, "seed": seed, "settings": told}
-            results[name, method, seed] = line | measure(config)
+            results[name, method, seed] = line | measure(config, "sft")[0]
             write(path, results)
             print(
                 name, method, seed, f"{line['data']}", results[name, method, seed]["seconds"], "s"
@@ -133,48 +81,6 @@ def sweep(arguments: argparse.Namespace, path: Path) -> None:
 
 
 # ---- what is seen ----
-
-
-def per_user(line: Line, metric: str) -> np.ndarray:
-    """``[U]``: a metric of every test user."""
-    values = np.zeros(line["users"])
-    for user, rank, credit in line["hits"]:
-        values[user] = credit / np.log2(rank + 2) if metric == "ndcg" else credit
-    return values
-
-
-def interval(values: np.ndarray, samples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of ``values [S, U]``, and its 95% interval with seeds and users resampled (percentile
-    bootstrap; both drawn anew each time, crossed as they are in the data)."""
-    rng = np.random.default_rng(seed)
-    S, U = values.shape
-    used = np.flatnonzero(values.any(0))  # users who count as 0 in every run need no drawing
-    shares = np.full(len(used) + 1, 1 / U)
-    shares[-1] = 1 - len(used) / U
-    means = []
-    for _ in range(samples):
-        weight = rng.multinomial(U, shares)[:-1]
-        means.append(values[rng.integers(S, size=S)][:, used].mean(0) @ weight / U)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
-def seeds_of(results: Results, data: str, method: str) -> dict[int, Line]:
-    return {s: line for (d, m, s), line in results.items() if (d, m) == (data, method)}
-
-
-def stacked(lines: dict[int, Line], metric: str, base: dict[int, Line] | None = None) -> np.ndarray:
-    """``[S, U]``: a metric by seed and user, or its difference from the base's same seeds."""
-    if base is None:
-        return np.stack([per_user(line, metric) for line in lines.values()])
-    seeds = sorted(set(lines) & set(base))
-    return np.stack([per_user(lines[s], metric) - per_user(base[s], metric) for s in seeds])
-
-
-def cell(found: tuple[float, float, float], difference: bool = False) -> str:
-    mean, low, high = found
-    text = f"{mean:{'+' if difference else ''}.4f} [{low:.4f}, {high:.4f}]"
-    return f"**{text}**" if difference and (low > 0 or high < 0) else text
 
 
 def tables(results: Results, data: str) -> list[str]:

@@ -44,7 +44,8 @@ class BilevelConfig:
         updates_per_epoch: moves of the tokenizer in an epoch, evenly spread.
         users: sequences of a step's batch that an upper update looks at, drawn; all of their
             positions are in both of its losses.
-        rate: of the tokenizer's optimiser, AdamW.
+        rate: highest learning rate of the tokenizer's optimiser, AdamW; it goes up and down as the
+            recommender's does, so that codes settle.
         token_weight: lambda, of the tokenizer's own loss.
         temperature: of the distributions over codewords, in units of the mean squared error that
             the tokenizer began the stage with.
@@ -316,6 +317,8 @@ class BilevelTrainer(SFTTrainer):
     # ---- the other ways ----
 
     def _train_step(self, rows: np.ndarray) -> dict[str, float]:
+        for group in self.token_optimizer.param_groups:
+            group["lr"] = self.bilevel.rate * self.rate_at(self.step) / self.config.rate
         joint = self.bilevel.joint
         if joint == "alternating" and self.epoch % self.bilevel.cycle == 0:
             return self._token_step(rows)

@@ -114,7 +114,7 @@ class PrefixPointwise(Objective):
         super().__init__(config, model)
         self.prefix = PrefixLoss(
             self.levels,
-            config.beta,
+            1.0 if config.beta is None else config.beta,
             eta=config.eta,
             variant=config.variant,
             prefix_temperature=config.prefix_temperature,
@@ -143,7 +143,7 @@ class PrefixPairwise(Objective):
         self.sampler = CandidateSampler(model.codes, config.negatives)
         self.prefix = PrefixPairwiseLoss(
             self.levels,
-            config.beta,
+            0.03 if config.beta is None else config.beta,
             eta=config.eta,
             variant=config.variant,
             prefix_temperature=config.prefix_temperature,

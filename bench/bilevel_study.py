@@ -1,0 +1,192 @@
+"""Tokenizer and recommender together: the ways side by side, from the same starts, several seeds.
+
+python bench/bilevel_study.py --data DIR [--epochs 28] [--seeds 3] [--methods ...]
+
+Every run has the same number of epochs and is measured at the state with the best validation.  A
+seed fixes the RQ-VAE's start, fresh weights, batches and dropout: runs of one seed differ in what
+moves the tokenizer alone.  Kept and gone on with as bench/objective_study.py does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, machine, table
+from study import K, Line, Results, cell, interval, measure, read, seeds_of, stacked, write
+
+from genrec_ext.training import BilevelConfig, SFTConfig, TrainConfig, evaluation
+
+BASE = "fixed"
+METHODS: dict[str, dict[str, Any] | None] = {
+    BASE: None,
+    "joint, no surgery": {"joint": "simultaneous"},
+    "alternating": {"joint": "alternating"},
+    "BLOGER, order 0": {"order": 0},
+    "BLOGER, order 1": {"order": 1},
+    "BLOGER, fd": {"order": "fd"},
+    "BLOGER, order 2": {"order": 2},
+}
+
+
+def sweep(arguments: argparse.Namespace, path: Path) -> None:
+    """All runs of one data set; each is written down as soon as it is finished."""
+    name = arguments.data.name
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            changes = METHODS[method]
+            stage = "sft" if changes is None else "bilevel"
+            config = TrainConfig(
+                out=arguments.work / name / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}",
+                data=arguments.data,
+                epochs=arguments.epochs,
+                seed=seed,
+                device=arguments.device,
+                stages=(stage,),
+                tokenizer="rqvae",
+                rqvae={"epochs": arguments.tokenizer_epochs},
+                patience=10**9,  # equal numbers of steps: no run ends early
+                bilevel=BilevelConfig(**(changes or {})),
+                resume=True,
+            )
+            content = config.as_json()
+            told = {key: content[key] for key in ("sft", "model", "rqvae", "bilevel", "epochs")}
+            results = read(path)
+            if results.get((name, method, seed), {}).get("settings") == told:
+                continue
+            figures, run = measure(config, stage)
+            codes = run["stages"][stage].get("codes", {})
+            L = len(run["ids"]["codes_used"]) - 1
+            line: Line = {"data": name, "method": method, "seed": seed, "settings": told}
+            line |= figures
+            line |= {
+                # Of the learned levels; the fixed tokenizer's are those it began with.
+                "entropy": codes.get("entropy_bits", run["ids"]["entropy_bits"][:L]),
+                "churn": codes.get("churn", 0.0),
+                "conflicts": codes.get("conflicts", {}),
+                "collision_rate": codes.get("collision_rate"),
+            }
+            results[name, method, seed] = line
+            write(path, results)
+            print(name, method, seed, line["valid"], line["seconds"], "s", flush=True)
+
+
+def tables(results: Results, data: str) -> list[str]:
+    """A data set's tables in Markdown."""
+    found = {m: seeds_of(results, data, m) for m in METHODS if seeds_of(results, data, m)}
+    one = next(iter(next(iter(found.values())).values()))
+    text = [
+        f"## {data}",
+        "",
+        f"{one['users']} test users, {one['steps']} steps in {one['settings']['epochs']} epochs.",
+        "",
+    ]
+    rows = []
+    for method, lines in found.items():
+        collisions = [
+            x["collision_rate"] for x in lines.values() if x["collision_rate"] is not None
+        ]
+        entropy = np.mean([x["entropy"] for x in lines.values()], axis=0)
+        rows.append(
+            [
+                method,
+                str(len(lines)),
+                *(cell(interval(stacked(lines, metric))) for metric in ("recall", "ndcg")),
+                " ".join(f"{bits:.2f}" for bits in entropy),
+                f"{np.mean(collisions):.3f}" if collisions else "-",
+                f"{np.mean([x['churn'] for x in lines.values()]):.3f}",
+            ]
+        )
+    head = ["method", "seeds", f"Recall@{K}", f"NDCG@{K}", "entropy by level, bits"]
+    text += table([*head, "collisions before the suffix", "churn an update"], rows)
+    if BASE in found and len(found) > 1:
+        rows = []
+        for method, lines in found.items():
+            if method != BASE and set(lines) & set(found[BASE]):
+                differences = [
+                    cell(interval(stacked(lines, metric, found[BASE])), True)
+                    for metric in ("recall", "ndcg")
+                ]
+                rows.append([method, *differences])
+        text += [f"Difference from {BASE}, by seed and user:", ""]
+        text += table(["method", f"Recall@{K}", f"NDCG@{K}"], rows)
+    return text
+
+
+def picture(results: Results, names: list[str], path: Path) -> None:
+    """A row a data set: both metrics with their intervals, and how often gradients conflict."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 0.6 + 3.4 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), 3, squeeze=False)
+    for axes, name in zip(grid, names, strict=True):
+        found = {m: seeds_of(results, name, m) for m in METHODS if seeds_of(results, name, m)}
+        for ax, metric in zip(axes, ("recall", "ndcg")):
+            for y, lines in enumerate(found.values()):
+                values = stacked(lines, metric)
+                mean, low, high = interval(values)
+                ax.plot([low, high], [y, y], color="#3366aa", lw=2)
+                ax.plot(mean, y, "o", color="#3366aa")
+                ax.plot(values.mean(1), [y + 0.25] * len(values), ".", color="#dd7722")
+            ax.set_yticks(range(len(found)), list(found))
+            ax.set(title=f"{name}, {metric}@{K}")
+            ax.invert_yaxis()
+        conflicts: dict[str, list[float]] = {}
+        for lines in found.values():
+            for line in lines.values():
+                for tensor, share in line["conflicts"].items():
+                    conflicts.setdefault(tensor, []).append(share)
+        axes[2].barh(range(len(conflicts)), [np.mean(x) for x in conflicts.values()])
+        axes[2].set_yticks(range(len(conflicts)), list(conflicts))
+        axes[2].set(title="share of updates in conflict, all BLOGER runs", xlim=(0, 1))
+        axes[2].invert_yaxis()
+        for ax in axes:
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="x", alpha=0.3)
+    figure.supxlabel("bars: 95% bootstrap over users and seeds; small dots: seeds", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def report(path: Path) -> None:
+    """Writes bilevel.md and .png from all runs in bilevel.json."""
+    results = read(path)
+    names = list(dict.fromkeys(data for data, _, _ in results))
+    facts = machine()
+    text = [
+        "# Tokenizer and recommender together, side by side",
+        "",
+        f"`python bench/bilevel_study.py --data ...` on {facts['cpu']}, {facts['threads']} "
+        f"threads, {facts['instruction_set']}, torch {facts['torch']}. Test, mean and 95% "
+        "bootstrap interval over users and seeds. Bold: the interval of a difference leaves out 0. "
+        f"Beams: {evaluation.WIDTH}. docs/bloger.md says what the methods are.",
+        "",
+        *(part for name in names for part in tables(results, name)),
+    ]
+    path.with_suffix(".md").write_text("\n".join(text))
+    picture(results, names, path.with_suffix(".png"))
+    print("\n".join(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, type=Path, help="a folder of data")
+    parser.add_argument("--epochs", type=int, default=SFTConfig.epochs)
+    parser.add_argument("--tokenizer-epochs", type=int, default=200, help="of the RQ-VAE's start")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("runs/bilevel-study"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "bilevel.json")
+    arguments = parser.parse_args()
+    sweep(arguments, arguments.out)
+    report(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
