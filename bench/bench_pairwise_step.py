@@ -32,6 +32,7 @@ from genrec_ext.data import Interactions, leave_one_out, load
 from genrec_ext.models import CompactConfig, CompactRecommender
 from genrec_ext.training import SFTConfig, SFTTrainer
 from genrec_ext.training.objective import PrefixPairwise
+from genrec_ext.training.sft import SequenceLoss
 
 BASE = "cross-entropy"
 Steps = dict[str, Callable[[], Any]]
@@ -70,6 +71,7 @@ def compact(softmax: str) -> Callable[[Interactions, Sequence[int], int], tuple[
             settings = {"objective": "apao-pairwise", "positions": count, "negatives": negatives}
             once, every = trainer(**settings), trainer(**settings)
             every.objective = EveryCandidate(every.config, every.model)
+            every.sequence_loss = SequenceLoss(every.model, every.objective)
             trainers[f"{count} positions, each prefix once"] = once
             trainers[f"{count} positions, every candidate"] = every
         windows = trainers[BASE].windows
