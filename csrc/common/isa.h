@@ -15,3 +15,31 @@ Isa active_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace genrec
+
+// Inside namespace genrec: declares a family's tables of kernels, an object of this
+// name in the namespace of each instruction set, and cpu_<name>(), the one to use.
+#if defined(GENREC_X86)
+#define GENREC_CPU_KERNELS(type, name)       \
+  namespace baseline {                       \
+  extern const type name;                    \
+  }                                          \
+  namespace avx2 {                           \
+  extern const type name;                    \
+  }                                          \
+  namespace avx512 {                         \
+  extern const type name;                    \
+  }                                          \
+  inline const type& cpu_##name() {          \
+    switch (active_isa()) {                  \
+      case Isa::avx512: return avx512::name; \
+      case Isa::avx2: return avx2::name;     \
+      default: return baseline::name;        \
+    }                                        \
+  }
+#else
+#define GENREC_CPU_KERNELS(type, name) \
+  namespace baseline {                 \
+  extern const type name;              \
+  }                                    \
+  inline const type& cpu_##name() { return baseline::name; }
+#endif

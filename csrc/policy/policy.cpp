@@ -10,17 +10,7 @@
 namespace genrec {
 
 #if !defined(GENREC_CUDA_LIBRARY)
-namespace baseline {
-extern const policy::CpuKernels policy_kernels;
-}
-#if defined(GENREC_X86)
-namespace avx2 {
-extern const policy::CpuKernels policy_kernels;
-}
-namespace avx512 {
-extern const policy::CpuKernels policy_kernels;
-}
-#endif
+GENREC_CPU_KERNELS(policy::CpuKernels, policy_kernels)
 #endif
 
 namespace policy {
@@ -34,16 +24,7 @@ namespace {
 #if defined(GENREC_CUDA_LIBRARY)
 const CudaKernels& kernels() { return cuda_kernels; }
 #else
-const CpuKernels& kernels() {
-#if defined(GENREC_X86)
-  switch (active_isa()) {
-    case Isa::avx512: return avx512::policy_kernels;
-    case Isa::avx2: return avx2::policy_kernels;
-    default: break;
-  }
-#endif
-  return baseline::policy_kernels;
-}
+const CpuKernels& kernels() { return cpu_policy_kernels(); }
 #endif
 
 ObjectiveConfig make_objective(const std::string& objective, double eps_pos, double eps_boost,

@@ -13,17 +13,7 @@ namespace policy {
 extern const CudaKernels cuda_kernels;  // policy_cuda.cu
 }
 #else
-namespace baseline {
-extern const prefix::CpuKernels prefix_kernels;
-}
-#if defined(GENREC_X86)
-namespace avx2 {
-extern const prefix::CpuKernels prefix_kernels;
-}
-namespace avx512 {
-extern const prefix::CpuKernels prefix_kernels;
-}
-#endif
+GENREC_CPU_KERNELS(prefix::CpuKernels, prefix_kernels)
 #endif
 
 namespace prefix {
@@ -37,16 +27,7 @@ namespace {
 #if defined(GENREC_CUDA_LIBRARY)
 const CudaKernels& kernels() { return prefix_cuda_kernels; }
 #else
-const CpuKernels& kernels() {
-#if defined(GENREC_X86)
-  switch (active_isa()) {
-    case Isa::avx512: return avx512::prefix_kernels;
-    case Isa::avx2: return avx2::prefix_kernels;
-    default: break;
-  }
-#endif
-  return baseline::prefix_kernels;
-}
+const CpuKernels& kernels() { return cpu_prefix_kernels(); }
 #endif
 
 using MaybeTensor = const std::optional<Tensor>&;

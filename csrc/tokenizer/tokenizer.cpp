@@ -11,31 +11,12 @@
 
 namespace genrec {
 
-namespace baseline {
-extern const tokenizer::CpuKernels tokenizer_kernels;
-}
-#if defined(GENREC_X86)
-namespace avx2 {
-extern const tokenizer::CpuKernels tokenizer_kernels;
-}
-namespace avx512 {
-extern const tokenizer::CpuKernels tokenizer_kernels;
-}
-#endif
+GENREC_CPU_KERNELS(tokenizer::CpuKernels, tokenizer_kernels)
 
 namespace tokenizer {
 namespace {
 
-const CpuKernels& kernels() {
-#if defined(GENREC_X86)
-  switch (active_isa()) {
-    case Isa::avx512: return avx512::tokenizer_kernels;
-    case Isa::avx2: return avx2::tokenizer_kernels;
-    default: break;
-  }
-#endif
-  return baseline::tokenizer_kernels;
-}
+const CpuKernels& kernels() { return cpu_tokenizer_kernels(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tensor& x,
                                                              const Tensor& codebooks,

@@ -19,17 +19,7 @@
 namespace genrec {
 
 #if !defined(GENREC_CUDA_LIBRARY)
-namespace baseline {
-extern const trie::CpuKernels trie_kernels;
-}
-#if defined(GENREC_X86)
-namespace avx2 {
-extern const trie::CpuKernels trie_kernels;
-}
-namespace avx512 {
-extern const trie::CpuKernels trie_kernels;
-}
-#endif
+GENREC_CPU_KERNELS(trie::CpuKernels, trie_kernels)
 #endif
 
 namespace trie {
@@ -59,16 +49,7 @@ void run(StepArgs& a, const Tensor& where) {
 
 #else
 
-const CpuKernels& kernels() {
-#if defined(GENREC_X86)
-  switch (active_isa()) {
-    case Isa::avx512: return avx512::trie_kernels;
-    case Isa::avx2: return avx2::trie_kernels;
-    default: break;
-  }
-#endif
-  return baseline::trie_kernels;
-}
+const CpuKernels& kernels() { return cpu_trie_kernels(); }
 
 // What the kernel found at this row.
 [[noreturn]] void complain_of(const StepArgs& a, int64_t row) {
