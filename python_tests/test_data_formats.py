@@ -156,8 +156,14 @@ def test_gzip_reads_the_same(tmp_path: Path, case: str) -> None:
     assert load(compressed(path)).fingerprint() == plain
 
 
+@pytest.mark.parametrize("polars", [False, True], ids=["python", "polars"])
 @pytest.mark.parametrize("case", [case for case in TIMED if case != "parquet"])
-def test_bom_and_windows_line_ends(tmp_path: Path, case: str) -> None:
+def test_bom_and_windows_line_ends(
+    tmp_path: Path, case: str, polars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if polars:
+        pytest.importorskip("polars")
+        monkeypatch.setattr(tables, "WORTH_POLARS", 0)
     path = TIMED[case][1](tmp_path)
     plain = load(path).fingerprint()
     content = path.read_bytes().replace(b"\n", b"\r\n")
@@ -680,6 +686,9 @@ def test_polars_that_loses_errors_is_refused(
     monkeypatch.setattr("polars.__version__", "1.36.1")
     with pytest.raises(ImportError, match=r"polars 1\.36\.1 is too old .*; expected 1\.37"):
         load(path)
+    monkeypatch.setattr(tables, "WORTH_POLARS", 0)
+    monkeypatch.setattr(tables, "read_csv", None)
+    assert named(load(csv(tmp_path))) == ORDER  # CSV goes without
 
 
 # The command
