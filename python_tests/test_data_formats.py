@@ -407,6 +407,13 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
         load([one, write_lines(tmp_path, "1 2 3 4")])
 
 
+def test_files_with_and_without_times(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.csv", delimited(ROWS, ",", "user,item,time"))
+    two = write(tmp_path / "2.csv", delimited([row[:2] for row in ROWS], ",", "user,item"))
+    with pytest.raises(DataError, match="times are in some of the files; expected them in all"):
+        load([one, two])
+
+
 # Amazon
 
 
