@@ -296,6 +296,16 @@ def test_malformed_rows(
     assert data.report.malformed == 1 and data.report.interactions == 5
 
 
+@pytest.mark.parametrize("least", [0, 1 << 30], ids=["polars", "python"])
+def test_a_row_that_lacks_an_unused_field(
+    tmp_path: Path, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "WORTH_POLARS", least)
+    path = write(tmp_path / "a.csv", "user,item,note\nann,a,x\nann,b\nann,c,y\n")
+    with pytest.raises(DataError, match=r"a\.csv: line 3 has 2 fields; expected 3"):
+        load(path)
+
+
 def test_an_open_quote_does_not_swallow_rows_in_silence(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", HEADER + GOOD + 'ann,"d,5,4\nbob,a,5,1\nbob,b,5,2\n')
     with pytest.raises(DataError, match=r"lines 5 to 7 is no CSV"):
