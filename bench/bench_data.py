@@ -174,8 +174,8 @@ def report(raw: list[dict[str, Any]], name: str) -> None:
             much = (grown(last) + each * (100e6 - last["rows"])) / 1e9
             lines.append(
                 f"{form}: {each:.0f} bytes a row between the smallest and the largest case. The "
-                "columns take 28 by design; ids (here a user every 20 rows) and the reader's batches come "
-                f"on top. On that line 100 M rows would take {much:.1f} GB: an "
+                "columns take 28 by design; ids (here a user every 20 rows) and the reader's "
+                f"batches come on top. On that line 100 M rows would take {much:.1f} GB: an "
                 "extrapolation, not a measurement."
             )
             lines.append("")
