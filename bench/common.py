@@ -166,13 +166,14 @@ def write_report(
     sections: list[str],
     raw: Any,
     allocator: str = "default allocator",
+    how: str = "Medians of interleaved runs, milliseconds.",
 ) -> None:
     """Writes results/<name>.md, of lines already made, and .json; prints the first."""
     RESULTS.mkdir(exist_ok=True)
     lines = [
         f"# {title}",
         "",
-        f"`{command}` on {machine_line(allocator)}. Medians of interleaved runs, milliseconds.",
+        f"`{command}` on {machine_line(allocator)}. {how}",
         "",
         *sections,
     ]

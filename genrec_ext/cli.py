@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--data",
         help="a folder with X.inter.json (and X.index*.json, X.item.json) or a text file of "
-        "'user item item ...' lines; default: the generated catalogue",
+        "'user item item ...' lines, or what else `genrec data` reads; default: the generated "
+        "catalogue",
     )
     train.add_argument("--out", required=True, help="run folder")
     train.add_argument("--index", help="which X.index*.json, where there are several")

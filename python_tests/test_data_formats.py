@@ -156,8 +156,14 @@ def test_gzip_reads_the_same(tmp_path: Path, case: str) -> None:
     assert load(compressed(path)).fingerprint() == plain
 
 
+@pytest.mark.parametrize("polars", [False, True], ids=["python", "polars"])
 @pytest.mark.parametrize("case", [case for case in TIMED if case != "parquet"])
-def test_bom_and_windows_line_ends(tmp_path: Path, case: str) -> None:
+def test_bom_and_windows_line_ends(
+    tmp_path: Path, case: str, polars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if polars:
+        pytest.importorskip("polars")
+        monkeypatch.setattr(tables, "WORTH_POLARS", 0)
     path = TIMED[case][1](tmp_path)
     plain = load(path).fingerprint()
     content = path.read_bytes().replace(b"\n", b"\r\n")
@@ -290,6 +296,16 @@ def test_malformed_rows(
     assert data.report.malformed == 1 and data.report.interactions == 5
 
 
+@pytest.mark.parametrize("least", [0, 1 << 30], ids=["polars", "python"])
+def test_a_row_that_lacks_an_unused_field(
+    tmp_path: Path, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "WORTH_POLARS", least)
+    path = write(tmp_path / "a.csv", "user,item,note\nann,a,x\nann,b\nann,c,y\n")
+    with pytest.raises(DataError, match=r"a\.csv: line 3 has 2 fields; expected 3"):
+        load(path)
+
+
 def test_an_open_quote_does_not_swallow_rows_in_silence(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", HEADER + GOOD + 'ann,"d,5,4\nbob,a,5,1\nbob,b,5,2\n')
     with pytest.raises(DataError, match=r"lines 5 to 7 is no CSV"):
@@ -399,6 +415,13 @@ def test_several_files_are_one_data_set(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(DataError, match="files of one format"):
         load([one, write_lines(tmp_path, "1 2 3 4")])
+
+
+def test_files_with_and_without_times(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.csv", delimited(ROWS, ",", "user,item,time"))
+    two = write(tmp_path / "2.csv", delimited([row[:2] for row in ROWS], ",", "user,item"))
+    with pytest.raises(DataError, match="times are in some of the files; expected them in all"):
+        load([one, two])
 
 
 # Amazon
@@ -680,6 +703,9 @@ def test_polars_that_loses_errors_is_refused(
     monkeypatch.setattr("polars.__version__", "1.36.1")
     with pytest.raises(ImportError, match=r"polars 1\.36\.1 is too old .*; expected 1\.37"):
         load(path)
+    monkeypatch.setattr(tables, "WORTH_POLARS", 0)
+    monkeypatch.setattr(tables, "read_csv", None)
+    assert named(load(csv(tmp_path))) == ORDER  # CSV goes without
 
 
 # The command

@@ -216,6 +216,8 @@ def _folder_kinds() -> list[tuple[str, Callable[[str], bool]]]:
         ("ratings.dat", lambda name: plain(name) == "ratings.dat"),
         ("u.data", lambda name: name == "u.data"),
         ("ratings.csv", lambda name: plain(name) == "ratings.csv"),
+        ("X.parquet", lambda name: name.endswith(".parquet")),
+        ("X.csv", lambda name: plain(name).endswith((".csv", ".tsv"))),
         (
             "reviews as JSON lines",
             lambda name: (
@@ -225,8 +227,6 @@ def _folder_kinds() -> list[tuple[str, Callable[[str], bool]]]:
                 and ".index." not in name
             ),
         ),
-        ("X.parquet", lambda name: name.endswith(".parquet")),
-        ("X.csv", lambda name: plain(name).endswith((".csv", ".tsv"))),
         ("an S3-Rec .txt", lambda name: plain(name).endswith(".txt")),
     ]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from .interactions import DataError
 from .sequences import Names, Sequences, blocks
 
 # User and item int32, time float64 or None, of some rows.
@@ -49,8 +50,15 @@ class Log:
     def add(
         self, users: Sequence[str], items: Sequence[str], times: np.ndarray | None = None
     ) -> None:
-        """More rows; all have times, float64, or none has."""
+        """More rows, with times, float64, or without.
+
+        Raises:
+            DataError: earlier rows have times and these have none, or the other way round.
+        """
         if users:
+            earlier = self._fresh or self._parts
+            if earlier and (earlier[0][2] is None) != (times is None):
+                raise DataError("times are in some of the files; expected them in all or in none")
             self._fresh.append((self._users.of(users), self._items.of(items), times))
             if sum(len(part[0]) for part in self._fresh) >= _PART:
                 self._merge()

@@ -6,7 +6,6 @@ batch is let go with the batch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +30,7 @@ def import_polars() -> ModuleType:
         import polars
     except ImportError as error:
         raise ImportError("Parquet files need polars: pip install 'genrec-ext[data]'") from error
-    if tuple(int(part) for part in polars.__version__.split(".")[:2]) < _NEEDED:
+    if not _new_enough(polars):
         raise ImportError(
             f"polars {polars.__version__} is too old to read tables safely; expected 1.37 or "
             "later: pip install 'genrec-ext[data]'"
@@ -39,13 +38,19 @@ def import_polars() -> ModuleType:
     return polars
 
 
+def _new_enough(polars: ModuleType) -> bool:
+    return tuple(int(part) for part in polars.__version__.split(".")[:2]) >= _NEEDED
+
+
 def reads_csv(path: Path, layout: Layout) -> bool:
     """Whether a CSV file should go through :func:`read_csv`."""
-    return (
-        len(layout.separator) == 1
-        and path.stat().st_size >= WORTH_POLARS
-        and importlib.util.find_spec("polars") is not None
-    )
+    if len(layout.separator) > 1 or path.stat().st_size < WORTH_POLARS:
+        return False
+    try:
+        import polars
+    except ImportError:
+        return False
+    return _new_enough(polars)
 
 
 def read_csv(path: Path, layout: Layout, reading: Reading) -> bool:
