@@ -61,8 +61,8 @@ class BilevelConfig:
     surgery: str = "projection"
     updates_per_epoch: int = 1
     users: int = 32
-    rate: float = 1e-4
-    token_weight: float = 1.0
+    rate: float = 3e-5
+    token_weight: float = 0.03
     temperature: float = 1.0
     cycle: int = 4
     sequence_weight: float = 0.1
