@@ -24,7 +24,7 @@ import torch
 from common import RESULTS, machine
 
 from genrec_ext import SageConfig, SageStats, metrics, sage_loss_from_logps
-from genrec_ext.data import Split, leave_one_out
+from genrec_ext.data import Split
 from genrec_ext.training import RLConfig, SageTrainer, TrainConfig, evaluation, run, train
 from genrec_ext.training.rl import Rollout, list_entropy
 
@@ -187,7 +187,7 @@ def measure(
     """One run: fine-tunes a seed's start and measures the model of the last step."""
     loaded = run.load(folder / f"start-{seed}")
     source = loaded.source
-    split = leave_one_out(run.open_data(source["path"], source["index"], source["seed"]))
+    split = run.split_data(run.open_data(source), source)
     line: dict[str, Any] = {"watched": None}
     began = time.monotonic()
     if sage is not None:

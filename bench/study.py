@@ -14,7 +14,6 @@ import numpy as np
 from common import machine
 
 from genrec_ext import metrics
-from genrec_ext.data import leave_one_out
 from genrec_ext.training import TrainConfig, evaluation, run, train
 
 K = 10
@@ -48,7 +47,7 @@ def measure(config: TrainConfig, stage: str) -> tuple[Line, dict[str, Any]]:
     one; also gives the run's metrics."""
     told = train(config)
     loaded = run.load(config.out, config.device)
-    split = leave_one_out(run.open_data(config.data, config.index, config.seed))
+    split = run.split_data(run.open_data(loaded.source), loaded.source)
     items, kept = evaluation.rank_test(loaded.model, loaded.trie, split)
     group = evaluation.collision_groups(loaded.model.codes.cpu().numpy())
     recall = metrics.recall(items, split.test_targets, K, group)

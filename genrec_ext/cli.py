@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
         "'user item item ...' lines, or what else `genrec data` reads; default: the generated "
         "catalogue",
     )
+    _reading_options(train.add_argument_group("reading the data"))
+    train.add_argument(
+        "--split",
+        choices=("leave-one-out", "time"),
+        default="leave-one-out",
+        help="each user's last items, or what comes after the 80%% and 90%% quantiles of all times "
+        "(default: %(default)s)",
+    )
     train.add_argument("--out", required=True, help="run folder")
     train.add_argument("--index", help="which X.index*.json, where there are several")
     train.add_argument(
@@ -158,26 +166,45 @@ def _parser() -> argparse.ArgumentParser:
 def _data_parser(commands: Any) -> None:
     data = commands.add_parser("data", help="read a data set and print its card")
     data.add_argument("path", nargs="+", help="a file, a folder, or the files of one data set")
-    data.add_argument("--format", help="which format (default: recognised)")
-    data.add_argument(
-        "--columns", type=_columns, help="such as user=who,item=what,time=when; or user=0,item=1"
-    )
-    data.add_argument("--time-unit", choices=("s", "ms", "us", "ns"))
-    data.add_argument(
-        "--skip-malformed", action="store_true", help="count and leave out malformed rows"
-    )
-    data.add_argument(
-        "--drop-duplicates", action="store_true", help="leave out what repeats user, item and time"
-    )
-    data.add_argument("--min-rating", type=float)
-    data.add_argument("--min-user", type=_positive(int), default=1, help="of the core")
-    data.add_argument("--min-item", type=_positive(int), default=1, help="of the core")
+    _reading_options(data)
     data.add_argument(
         "--split",
         choices=("leave-one-out", "time"),
         help="with the figures of this split; time: at the 80%% and 90%% quantiles",
     )
     data.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _reading_options(parser: Any) -> None:
+    """What :func:`genrec_ext.data.load` takes."""
+    parser.add_argument("--format", help="which format (default: recognised)")
+    parser.add_argument(
+        "--columns", type=_columns, help="such as user=who,item=what,time=when; or user=0,item=1"
+    )
+    parser.add_argument("--time-unit", choices=("s", "ms", "us", "ns"))
+    parser.add_argument(
+        "--skip-malformed", action="store_true", help="count and leave out malformed rows"
+    )
+    parser.add_argument(
+        "--drop-duplicates", action="store_true", help="leave out what repeats user, item and time"
+    )
+    parser.add_argument("--min-rating", type=float)
+    parser.add_argument("--min-user", type=_positive(int), help="of the core (default: 1)")
+    parser.add_argument("--min-item", type=_positive(int), help="of the core (default: 1)")
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of :func:`genrec_ext.data.load`, of the options that were given."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("format", "columns", "time_unit", "min_rating", "min_user", "min_item")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.skip_malformed:
+        given["malformed"] = "skip"
+    if arguments.drop_duplicates:
+        given["duplicates"] = "drop"
+    return given
 
 
 def _columns(text: str) -> dict[str, str | int]:
@@ -228,6 +255,8 @@ def _run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             stages=tuple(arguments.stages.split(",")),
             resume=arguments.resume,
+            reading=_reading(arguments),
+            split=arguments.split,
             tokenizer=arguments.tokenizer,
             bilevel=training.BilevelConfig(**given),
             sft=training.SFTConfig(objective=arguments.objective),
@@ -268,15 +297,8 @@ def _data(arguments: argparse.Namespace) -> int:
 
     found = data.load(
         arguments.path if len(arguments.path) > 1 else arguments.path[0],
-        format=arguments.format,
         min_interactions=3 if arguments.split == "leave-one-out" else 1,
-        columns=arguments.columns,
-        time_unit=arguments.time_unit,
-        malformed="skip" if arguments.skip_malformed else "error",
-        duplicates="drop" if arguments.drop_duplicates else "keep",
-        min_rating=arguments.min_rating,
-        min_user=arguments.min_user,
-        min_item=arguments.min_item,
+        **_reading(arguments),
     )
     split = None
     if arguments.split == "leave-one-out":

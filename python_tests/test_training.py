@@ -241,11 +241,46 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         ("levels: 0; expected 1", {"tokenizer": "rqvae", "rqvae": {"levels": 0}}),
         ("minutes must be positive", {"minutes": 0.0}),
         ("epochs must be at least 1", {"epochs": 0}),
+        ("split must be one of leave-one-out, time, got 'x'", {"split": "x"}),
+        ("reading: .* expected none without data", {"reading": {"min_user": 5}}),
     ),
 )
 def test_config_errors(text, changes):
     with pytest.raises(ValueError, match=text):
         TrainConfig(out="x", **changes)
+
+
+def test_training_on_a_raw_log(tmp_path, capsys):
+    data = generate(seed=1, num_users=150, num_items=250).data
+    rows = [
+        f"{user},{item},{place}"
+        for user, sequence in enumerate(data.sequences)
+        for place, item in enumerate(sequence)
+    ]
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join(["who,what,when", *rows, "0,1"]) + "\n")
+    out = tmp_path / "run"
+    argv = ["train", "--data", str(log), "--out", str(out), "--stages", "sft", "--epochs", "1"]
+    named = ["--columns", "user=who,item=what,time=when", "--min-user", "5", "--min-item", "2"]
+    assert cli.main([*argv, *named]) == 2  # the last row is cut short
+    assert "log.csv" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="skipped 1 malformed"):
+        assert cli.main([*argv, *named, "--skip-malformed"]) == 0
+    told = json.loads((out / "metrics.json").read_text())
+    assert told["config"]["reading"] == {
+        "columns": {"user": "who", "item": "what", "time": "when"},
+        "min_user": 5,
+        "min_item": 2,
+        "malformed": "skip",
+    }
+    with pytest.warns(UserWarning, match="skipped 1 malformed"):
+        assert training.evaluate(out) == told["test"]  # reads them the same way
+        # By time: users of the last tenth, whose histories end before it.
+        timed = [*argv[:4], str(tmp_path / "timed"), *argv[5:], *named, "--skip-malformed"]
+        assert cli.main([*timed, "--split", "time"]) == 0
+        again = training.evaluate(tmp_path / "timed")
+    other = json.loads((tmp_path / "timed" / "metrics.json").read_text())
+    assert again == other["test"] != told["test"] and other["config"]["split"] == "time"
 
 
 # ---- the bilevel stage ----

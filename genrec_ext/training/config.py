@@ -18,6 +18,7 @@ from .sft import SFTConfig
 STAGES = ("sft", "bilevel", "rl")
 DEFAULT_STAGES = ("sft", "rl")
 TOKENIZERS = ("data", "rqvae")
+SPLITS = ("leave-one-out", "time")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class TrainConfig:
         out: run folder.
         data: what :func:`genrec_ext.data.load` takes; None for the generated catalogue.
         index: which table of semantic IDs, where the data have several.
+        reading: further arguments of :func:`genrec_ext.data.load`, such as ``min_user``.
+        split: ``"leave-one-out"``, or ``"time"``: what lies before the 80% quantile of all times is
+            trained on, targets lie after the 90% quantile, those of validation between; see
+            :func:`genrec_ext.data.time_split`.
         minutes: wall-clock budget of the whole run, evaluation included.  Where the epochs would
             not fit, fewer are planned, so that the learning rate still comes down.
         epochs: of the sft stage; None takes ``sft.epochs``.
@@ -50,6 +55,8 @@ class TrainConfig:
     out: str | Path
     data: str | Path | None = None
     index: str | None = None
+    reading: dict[str, Any] = field(default_factory=dict)
+    split: str = "leave-one-out"
     minutes: float | None = None
     epochs: int | None = None
     seed: int = 0
@@ -87,6 +94,10 @@ class TrainConfig:
         if self.rqvae and not self.learns_tokenizer():
             raise ValueError(f"rqvae: {self.rqvae}; expected none, as tokenizer is not rqvae")
         RQVAE(**self.rqvae)  # for its errors
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.reading and self.data is None:
+            raise ValueError(f"reading: {self.reading}; expected none without data to read")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
         if self.epochs is not None and self.epochs < 1:

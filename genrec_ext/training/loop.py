@@ -81,15 +81,17 @@ class _Training:
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.best_possible: dict[str, Any] | None = None
-        self.data = self._open()
-        self.split: Split = leave_one_out(self.data)
-        self.counts = self.split.train_counts()
-        self.source = {
+        self.source: dict[str, Any] = {
             "path": run_module.GENERATED if config.data is None else str(config.data),
             "index": config.index,
             "seed": config.seed,
-            "fingerprint": self.data.fingerprint(),
+            "reading": config.reading,
+            "split": config.split,
         }
+        self.data = self._open()
+        self.source["fingerprint"] = self.data.fingerprint()
+        self.split: Split = run_module.split_data(self.data, self.source)
+        self.counts = self.split.train_counts()
         self.tokenizer: tokenizers.RQVAE | None = None  # one that may learn with the recommender
         codes, sizes = self._codes()
         self.model = CompactRecommender(
@@ -116,7 +118,7 @@ class _Training:
                 catalogue.best_items(10), split.test_targets, split, None
             )
             return catalogue.data
-        return run_module.open_data(self.config.data, self.config.index, self.config.seed)
+        return run_module.open_data(self.source)
 
     def _codes(self) -> tuple[torch.Tensor, list[int]]:
         """Every item's semantic ID, and how many codes each level has."""

@@ -111,7 +111,7 @@ th {{ text-align: left }} tr:nth-child(even) {{ background: #f3f5f8 }} img {{ ma
 </style>
 <h1>{html.escape(str(metrics["config"].get("name", "run")))}</h1>
 <p>{len(targets)} test users, {len(train_counts)} items, {metrics["seconds"]:.0f} seconds in all.
-Recall and NDCG are of the last item of each user, ranked among all items. {_padding(metrics)}</p>
+Recall and NDCG are of one item of each, the last, ranked among all items. {_padding(metrics)}</p>
 <table><tr><th>test</th>{"".join(f"<th>{column}</th>" for column in COLUMNS)}</tr>{table}</table>
 {images}<h2>Examples</h2>{cards}
 <h2>Configuration</h2><table>{config}</table></html>

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .. import data as data_module
-from ..data import Interactions
+from ..data import Interactions, Split
 from ..models import CompactConfig, CompactRecommender
 from ..trie import Trie
 from . import checkpoint, evaluation
@@ -30,7 +30,8 @@ class Run:
     item_ids: list[str]
     titles: list[str] | None
     source: dict[str, Any]
-    """Where the data were: path, index, seed and fingerprint."""
+    """Where the data were and what was made of them: path, index, seed, reading, split and
+    fingerprint."""
 
 
 def save(
@@ -69,11 +70,26 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     return Run(model, model.trie(), content["item_ids"], content["titles"], content["source"])
 
 
-def open_data(path: str | Path | None, index: str | None, seed: int) -> Interactions:
-    """The data of a run: a path, or the generated catalogue."""
-    if path is None or str(path) == GENERATED:
-        return data_module.generate(seed).data
-    return data_module.load(path, index=index, seed=seed)
+def open_data(source: dict[str, Any]) -> Interactions:
+    """The data of a run: what its ``source`` says, or the generated catalogue."""
+    if source["path"] in (None, GENERATED):
+        return data_module.generate(source["seed"]).data
+    # Who has few items can still be learned from where the split is by time.
+    fewest = 1 if source.get("split") == "time" else 3
+    return data_module.load(
+        source["path"],
+        index=source["index"],
+        seed=source["seed"],
+        min_interactions=fewest,
+        **source.get("reading", {}),
+    )
+
+
+def split_data(data: Interactions, source: dict[str, Any]) -> Split:
+    """The split of a run."""
+    if source.get("split") == "time":
+        return data_module.time_split(data, quantiles=(0.8, 0.9))
+    return data_module.leave_one_out(data)
 
 
 def evaluate(
@@ -99,13 +115,13 @@ def evaluate(
     """
     run = load(folder, device)
     source = run.source
-    found = open_data(data or source["path"], source["index"], source["seed"])
+    found = open_data(source if data is None else {**source, "path": str(data)})
     if found.fingerprint() != source["fingerprint"]:
         raise ValueError(
             f"data: {data or source['path']} is not what {folder} was trained on (fingerprint "
             f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
         )
-    split = data_module.leave_one_out(found)
+    split = split_data(found, source)
     items, kept = evaluation.rank_test(run.model, run.trie, split, clock)
     group = evaluation.collision_groups(run.model.codes.cpu().numpy())
     return evaluation.figures(items, split.test_targets, split, group, kept)
