@@ -350,7 +350,7 @@ def test_an_upper_update_is_what_the_formulas_say(order, surgery):
     asked = twin.meta_gradient(part, SoftCodes(items, twin.model.codes[items], P))
     rec = gradients((P * asked.detach()).sum(), parameters)
     token = gradients(twin.tokenizer.token_loss(twin._x, twin.paths)[0], parameters)
-    update = gradient_surgery(rec, token, 0.7, surgery)
+    update = gradient_surgery(parameters, rec, token, 0.7, surgery)
     if surgery == "projection":
         for u, t in zip(update, token, strict=True):
             assert ((u - 0.7 * t) * t).sum() >= -1e-5 * t.norm() * (u - 0.7 * t).norm()

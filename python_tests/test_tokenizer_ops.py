@@ -379,8 +379,9 @@ def test_surgery_equals_definition(seed, mode):
     a, t = ([torch.randn(s, generator=g, dtype=torch.float64) for s in SHAPES] for _ in range(2))
     if mode == "released":
         a, t = a[:2] + a[3:], t[:2] + t[3:]
-    got = genrec_ext.gradient_surgery(a, t, 0.3, mode)
-    want = reference.gradient_surgery(a, t, 0.3, mode)
+    params = [torch.zeros_like(x) for x in a]
+    got = genrec_ext.gradient_surgery(params, a, t, 0.3, mode)
+    want = reference.gradient_surgery(params, a, t, 0.3, mode)
     assert all(torch.allclose(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -391,7 +392,7 @@ def test_projection_never_opposes_the_tokenizer(seed, scale):
     a = [torch.randn(s, generator=g) for s in SHAPES]
     a[1] = -t[1] / scale  # exactly against it: nothing is left
     t[0].zero_()
-    result = genrec_ext.gradient_surgery(a, t, 0.0)
+    result = genrec_ext.gradient_surgery(a, a, t, 0.0)
     for ours, before, token in zip(result, a, t, strict=True):
         inner = (ours.double() * token.double()).sum()
         assert inner >= -1e-6 * before.double().norm() * token.double().norm()
@@ -403,10 +404,17 @@ def test_released_mode_takes_away_too_much_of_a_matrix():
     g = torch.Generator().manual_seed(0)
     t = torch.randn(256, 32, generator=g)
     a = -0.3 * t + torch.randn(256, 32, generator=g)
-    (projected,) = genrec_ext.gradient_surgery([a], [t], 0.0)
-    (released,) = genrec_ext.gradient_surgery([a], [t], 0.0, mode="released")
+    (projected,) = genrec_ext.gradient_surgery([a], [a], [t], 0.0)
+    (released,) = genrec_ext.gradient_surgery([a], [a], [t], 0.0, mode="released")
     assert projected.norm() <= a.norm() and released.norm() > 50 * a.norm()
-    assert genrec_ext.gradient_surgery([], [], 1.0) == []
+    assert genrec_ext.gradient_surgery([], [], [], 1.0) == []
+
+
+@pytest.mark.parametrize("mode", ("projection", "released", "none"))
+def test_no_gradient_counts_as_zeros(mode):
+    p, g = torch.zeros(2, 3), torch.randn(2, 3)
+    alone, other = genrec_ext.gradient_surgery([p, p], [None, g], [g, None], 0.5, mode)
+    assert alone.equal(0.5 * g) and other.equal(g)
 
 
 # ---- collisions ----
@@ -564,8 +572,9 @@ P, TABLE = torch.zeros(4, 2, 5), torch.zeros(10, 3)
         ("epsilon must be positive, got 0", "sinkhorn", (X, 0.0)),
         ("iterations must be at least 0, got -1", "sinkhorn", (X, 1.0, -1)),
         (r"cost must have shape \[N, K\], K >= 1", "sinkhorn", (X[:, :0], 1.0)),
-        ('mode must be one of "projection"', "surgery", ([X], [X], 1.0, "both")),
-        ("must have the same shapes", "surgery", ([X], [X, X], 1.0)),
+        ('mode must be one of "projection"', "surgery", ([X], [X], [X], 1.0, "both")),
+        ("g_token must have the shapes of params", "surgery", ([X], [X], [X, X], 1.0)),
+        ("g_rec must have the shapes of params", "surgery", ([X], [X.T], [X], 1.0)),
         ('method must be one of "suffix".*got "x"', "resolve", (CODES, "x")),
         ("codes must be at least 0, got -1", "resolve", (CODES - 1,)),
         (r"distances must have shape \[4, K\]", "resolve", (CODES, "min_cost", X[:2])),

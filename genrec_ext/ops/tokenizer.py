@@ -297,8 +297,9 @@ def _sinkhorn_elsewhere(cost: Tensor, epsilon: float, iterations: int) -> Tensor
 
 @torch.no_grad()
 def gradient_surgery(
-    recommendation: Sequence[Tensor],
-    token: Sequence[Tensor],
+    params: Sequence[Tensor],
+    g_rec: Sequence[Tensor | None],
+    g_token: Sequence[Tensor | None],
     weight: float,
     mode: str = "projection",
 ) -> list[Tensor]:
@@ -312,9 +313,11 @@ def gradient_surgery(
     Of several tensors at once, without waiting for a device.
 
     Args:
-        recommendation: the gradients g of the recommender's loss, one tensor a parameter.
-        token: the gradients t of the tokenizer's own, of the same shapes.
-        weight: of the tokenizer's.
+        params: the tokenizer's parameters; only their shapes matter.
+        g_rec: the gradients g of the recommender's loss, one a parameter, of its shape; None, as
+            ``torch.autograd.grad(..., allow_unused=True)`` gives it, counts as zeros.
+        g_token: the gradients t of the tokenizer's own loss, likewise.
+        weight: lambda, of the tokenizer's.
         mode: ``"projection"`` is the paper; ``"none"`` leaves g as it is; ``"released"`` is what
             the paper's public code does: where ``<g, t> < 0`` it subtracts ``<g, u> u``, u being t
             with each row (last dimension) scaled to length 1.  That is a projection for vectors
@@ -322,7 +325,8 @@ def gradient_surgery(
             reproduce.
 
     Returns:
-        New tensors.  Under ``"projection"``, ``<result - weight t, t>`` is at least 0 to rounding.
+        New tensors, to be set as the parameters' ``grad``.  Under ``"projection"``,
+        ``<result - weight t, t>`` is at least 0 to rounding.
 
     Raises:
         ValueError: the lists differ in length or shapes, or the mode is unknown.
@@ -330,17 +334,22 @@ def gradient_surgery(
     Source: BLOGER, arXiv 2510.21242, after PCGrad (arXiv 2001.06782).
 
     >>> g, t = torch.tensor([1.0, -1.0]), torch.tensor([0.0, 2.0])
-    >>> gradient_surgery([g], [t], weight=0.5)
+    >>> gradient_surgery([torch.zeros(2)], [g], [t], weight=0.5)
     [tensor([1., 1.])]
     """
     if mode not in ("projection", "released", "none"):
         raise ValueError(f'mode must be one of "projection", "released", "none", got "{mode}"')
-    shapes = [[list(x.shape) for x in gradients] for gradients in (recommendation, token)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"recommendation and token must have the same shapes, got {shapes[0]} and {shapes[1]}"
-        )
-    g, t = list(recommendation), list(token)
+    shapes = [list(x.shape) for x in params]
+    for name, gradients in (("g_rec", g_rec), ("g_token", g_token)):
+        given = [None if x is None else list(x.shape) for x in gradients]
+        if len(given) != len(shapes) or any(
+            x not in (None, shape) for x, shape in zip(given, shapes, strict=True)
+        ):
+            raise ValueError(f"{name} must have the shapes of params, {shapes}, got {given}")
+    g, t = (
+        [torch.zeros_like(p) if x is None else x for x, p in zip(gradients, params, strict=True)]
+        for gradients in (g_rec, g_token)
+    )
     if not g:
         return []
     if mode == "projection":

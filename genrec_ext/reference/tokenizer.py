@@ -85,14 +85,17 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 def gradient_surgery(
-    recommendation: Sequence[Tensor],
-    token: Sequence[Tensor],
+    params: Sequence[Tensor],
+    g_rec: Sequence[Tensor | None],
+    g_token: Sequence[Tensor | None],
     weight: float,
     mode: str = "projection",
 ) -> list[Tensor]:
     """``genrec_ext.gradient_surgery``, a tensor at a time."""
     result = []
-    for a, t in zip(recommendation, token, strict=True):
+    for p, a, t in zip(params, g_rec, g_token, strict=True):
+        a = torch.zeros_like(p) if a is None else a
+        t = torch.zeros_like(p) if t is None else t
         if mode != "none" and (a * t).sum() < 0:
             if mode == "projection":
                 a = a - (a * t).sum() / t.square().sum() * t

@@ -279,8 +279,10 @@ class BilevelTrainer(SFTTrainer):
         return gradient
 
     def _move(self, rec: list[Tensor], token: list[Tensor]) -> None:
-        update = gradient_surgery(rec, token, self.bilevel.token_weight, self.bilevel.surgery)
-        for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
+        parameters = list(self.tokenizer.parameters())
+        weight, mode = self.bilevel.token_weight, self.bilevel.surgery
+        update = gradient_surgery(parameters, rec, token, weight, mode)
+        for parameter, gradient in zip(parameters, update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
 
