@@ -51,27 +51,33 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--split",
         choices=("leave-one-out", "time"),
-        default="leave-one-out",
         help="each user's last items, or what comes after the 80%% and 90%% quantiles of all times "
-        "(default: %(default)s)",
+        "(default: leave-one-out)",
     )
-    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--out", help="run folder; needed unless the configuration names it")
+    train.add_argument("--config", help="a YAML file of settings, such as a run's own config.yaml")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any setting, such as sft.rate=1e-3 or model.width=96; stronger than --config, weaker "
+        "than the options here; may be repeated",
+    )
     train.add_argument("--index", help="which X.index*.json, where there are several")
     train.add_argument(
         "--minutes", type=_positive(float), help="wall-clock budget of the whole command"
     )
     train.add_argument("--epochs", type=_positive(int), help="epochs of the sft stage")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    train.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    train.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
     train.add_argument(
         "--objective",
         choices=OBJECTIVES,
         help="of the sft stage: cross-entropy over all codes of a level (ce) or those that can "
         "follow (msl), BEAR, or APAO's two forms (default: msl)",
     )
-    train.add_argument(
-        "--stages", default="sft,rl", help="of sft, bilevel and rl, in this order (default: sft,rl)"
-    )
+    train.add_argument("--stages", help="of sft, bilevel and rl, in this order (default: sft,rl)")
     train.add_argument(
         "--tokenizer",
         choices=("data", "rqvae"),
@@ -193,6 +199,26 @@ def _reading_options(parser: Any) -> None:
     parser.add_argument("--min-item", type=_positive(int), help="of the core (default: 1)")
 
 
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run's configuration that were given as options."""
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(arguments, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    options = given(
+        *("data", "out", "index", "minutes", "epochs", "seed", "device", "stages", "tokenizer"),
+        "split",
+    )
+    bilevel = given("joint", "order", "surgery", "updates_per_epoch")
+    if bilevel.get("order", "fd") != "fd":
+        bilevel["order"] = int(bilevel["order"])
+    nested = {"bilevel": bilevel, "sft": given("objective"), "reading": _reading(arguments)}
+    if arguments.resume:
+        options["resume"] = True
+    return {**options, **{name: part for name, part in nested.items() if part}}
+
+
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of :func:`genrec_ext.data.load`, of the options that were given."""
     given = {
@@ -238,31 +264,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(training.summary(training.train(config)))
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "train":
-        given = {
-            name: getattr(arguments, name)
-            for name in ("joint", "order", "surgery", "updates_per_epoch")
-            if getattr(arguments, name) is not None
-        }
-        if given.get("order", "fd") != "fd":
-            given["order"] = int(given["order"])
-        config = training.TrainConfig(
-            data=arguments.data,
-            out=arguments.out,
-            index=arguments.index,
-            minutes=arguments.minutes,
-            epochs=arguments.epochs,
-            seed=arguments.seed,
-            device=arguments.device,
-            stages=tuple(arguments.stages.split(",")),
-            resume=arguments.resume,
-            reading=_reading(arguments),
-            split=arguments.split,
-            tokenizer=arguments.tokenizer,
-            bilevel=training.BilevelConfig(**given),
-            sft=training.SFTConfig(objective=arguments.objective),
-        )
+        config = training.settings.load(arguments.config, arguments.set, _options(arguments))
         print(training.summary(training.train(config)))
-        print(f"\nopen {Path(arguments.out) / 'report.html'}")
+        print(f"\nopen {Path(config.out) / 'report.html'}")
     elif arguments.command == "evaluate":
         clock = training.DecodeClock()
         figures = training.evaluate(

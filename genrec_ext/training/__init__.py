@@ -4,6 +4,7 @@ Needs the ``[train]`` extra.  Imports models, tokenizers, decoding, data and met
 line imports it.
 """
 
+from . import settings
 from .bilevel import BilevelConfig, BilevelTrainer
 from .config import TrainConfig
 from .evaluation import DecodeClock
@@ -23,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "recommend",
+    "settings",
     "summary",
     "train",
 ]

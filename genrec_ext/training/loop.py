@@ -23,7 +23,7 @@ from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
 from ..ops import sid_report
 from ..trie import Trie
-from . import checkpoint, evaluation, report
+from . import checkpoint, evaluation, report, settings
 from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
 from .config import TrainConfig
@@ -45,8 +45,8 @@ _RL_VALIDATIONS = 5
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
-    Writes ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``, ``report.html`` and
-    for a tokenizer that learned ``tokenizer.safetensors`` into ``config.out``, and returns the
+    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``,
+    ``report.html`` and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the
     content of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
     ``valid`` and ``test`` figures, steps, seconds; for sft and bilevel also ``padding``, the mean
     over epochs of the share of padded positions; for bilevel ``codes``, see
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         CheckpointError: ``resume`` finds a checkpoint of another run.
         ImportError: the ``[train]`` extra is not installed.
     """
-    for module in ("matplotlib", "tqdm"):
+    for module in ("matplotlib", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
     return _Training(config).run()
@@ -78,6 +78,7 @@ class _Training:
         self.started = time.monotonic()
         self.folder = Path(config.out)
         self.folder.mkdir(parents=True, exist_ok=True)
+        settings.save(self.folder / "config.yaml", config)
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         self.best_possible: dict[str, Any] | None = None
