@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from genrec_ext import beam_search, gradient_surgery
+from genrec_ext import beam_search, gradient_surgery, token_logps
 from genrec_ext.bilevel import ORDERS, gradients, meta_gradient
 from genrec_ext.models import CompactConfig, CompactRecommender, SoftCodes
 from genrec_ext.ops import soft_assign
@@ -493,6 +493,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(joint, objective):
     assert torch.equal(weights(whole.tokenizer), weights(resumed.tokenizer))
     assert torch.equal(whole.model.codes, resumed.model.codes)
     assert whole.take_updates() == resumed.take_updates()
+
+
+def test_candidates_follow_the_codes():
+    options = {"rate": 0.1, "sft": {"objective": "apao-pairwise", "negatives": 6, "positions": 8}}
+    trained = trainer(**options)
+    trained.train_epoch()
+    assert trained.take_updates()[0]["churn"] > 0
+    resumed = trainer(**options)
+    resumed.load_state_dict(copy.deepcopy(trained.state_dict()))
+    model = trained.model.eval()
+    state = model.encode(model.pad([[0, 4], [7]]))
+    for run in (trained, resumed):
+        drawn = run.objective.sampler.draw(torch.tensor([3, 9]), seed=1)
+        assert torch.equal(drawn.codes, model.codes[drawn.items])
+        got = run.objective.score(run.model.eval(), state, drawn)
+        rows, support = model.item_rows(state.repeat_interleave(7, 0), drawn.items.flatten())
+        want, _ = token_logps(rows, drawn.codes.flatten(0, 1), **support)
+        torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-4, atol=1e-4)
 
 
 def test_upper_updates_leave_adaptive_weights_alone():

@@ -197,6 +197,7 @@ class BilevelTrainer(SFTTrainer):
         changed = (paths != self.paths).any(1)
         if changed.any():
             self.model.set_codes(next_ids(self.model.codes, paths, room, self.seed + self.step))
+            self.objective.follow(self.model)
         return float(changed.float().mean())
 
     # ---- the upper problem ----
@@ -390,6 +391,7 @@ class BilevelTrainer(SFTTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.objective.follow(self.model)
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.token_optimizer.load_state_dict(state["token_optimizer"])
         self.temperature, self.updates = state["temperature"], list(state["updates"])
