@@ -440,6 +440,20 @@ def test_simultaneous_moves_both_at_every_step():
     assert len(trained.take_updates()) == 1
 
 
+def test_a_stop_in_the_tokenizers_epoch_leaves_its_own_codes():
+    trained = trainer(joint="alternating", rate=2e-2, model={"item_candidates": 10})
+    first, random = trained.paths.clone(), torch.get_rng_state()
+    steps = iter(range(2))
+    trained.train_epoch(stop=lambda: next(steps, None) is None)
+    assert trained.step == 2 < trained.epoch_steps
+    assert not torch.equal(trained.paths, first)
+    assert torch.equal(trained.paths, trained._paths()[0])
+    assert torch.equal(torch.get_rng_state(), random)
+    trained.train_epoch()
+    (said,) = trained.take_updates()  # of the whole epoch
+    assert said["churn"] == pytest.approx(float((trained.paths != first).any(1).float().mean()))
+
+
 def test_alignment_equals_its_definition():
     _, _, tokenizer, embeddings = problem()
     tokenizer.double()

@@ -344,20 +344,15 @@ class BilevelTrainer(SFTTrainer):
     def _token_step(self, rows: np.ndarray) -> dict[str, float]:
         """Alternating: the tokenizer moves by its loss and the alignment, the recommender stays."""
         batch = self._batch(rows)
-        seen: list[Tensor] = []
-
-        def keep(state: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            seen.extend((state, target))
-            return state.sum(), {}
-
+        wanted = (batch.history >= 0) & (batch.targets >= 0)
         self.model.eval()
         with torch.no_grad():
-            self.model.sequence_loss(batch.history, batch.targets, keep)
+            state = self.model.states(batch.history)[wanted]
         self.model.train()
         own, parts = self.tokenizer.token_loss(
             self._x, self.paths, self.tokenizer.encode_latents(self._x)
         )
-        aligned, align_parts = self.aligned(*seen)
+        aligned, align_parts = self.aligned(state, batch.targets[wanted])
         loss = self.bilevel.token_weight * own + aligned
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at {self.stage} step {self.step}")
@@ -365,6 +360,7 @@ class BilevelTrainer(SFTTrainer):
         for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
+        self.refresh()  # the loss is of the nearest codewords, and a stop may come at any step
         self.step += 1
         if self.step % self.epoch_steps == 0:
             self._note(parts)
