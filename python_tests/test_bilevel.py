@@ -124,6 +124,11 @@ def test_what_does_not_matter_gets_zeros():
     for order in ORDERS:
         (found,) = meta_gradient(lambda _: (idle**3).sum(), [idle], [still], rate=1.0, order=order)
         torch.testing.assert_close(found, torch.full_like(idle, 3))
+    # A loss that the upper parameters do not enter, and one that nothing enters.
+    for loss in (lambda theta: (theta[0] ** 2).sum(), lambda theta: torch.ones(())):
+        for order in ORDERS:
+            (found,) = meta_gradient(loss, [idle], [still], rate=1.0, order=order)
+            assert (found == 0).all() and found.shape == (3,)
 
 
 def test_nothing_is_left_behind():
