@@ -588,3 +588,15 @@ def test_a_loss_that_is_not_finite_stops_the_stage():
         trained.model.config = dataclasses.replace(trained.model.config, forget=0.9)
         with pytest.raises(FloatingPointError, match="at bilevel step 0"):
             trained.train_epoch()
+
+
+@pytest.mark.parametrize("where", ("decoder", "encoder"))
+def test_a_gradient_that_is_not_finite_stops_the_stage_before_the_tokenizer_moves(where):
+    trained = trainer(updates_per_epoch=100)
+    with torch.no_grad():
+        getattr(trained.tokenizer, where)[0].bias[0] = math.inf
+    before, codes = weights(trained.tokenizer), trained.model.codes.clone()
+    with pytest.raises(FloatingPointError, match="gradient is not finite at bilevel step 0"):
+        trained.train_epoch()
+    assert torch.equal(weights(trained.tokenizer), before)
+    assert torch.equal(trained.model.codes, codes)

@@ -281,6 +281,10 @@ class BilevelTrainer(SFTTrainer):
 
     def _move(self, rec: list[Tensor], token: list[Tensor]) -> None:
         update = gradient_surgery(rec, token, self.bilevel.token_weight, self.bilevel.surgery)
+        if not torch.isfinite(torch.stack(torch._foreach_norm(update))).all():
+            raise FloatingPointError(
+                f"the tokenizer's gradient is not finite at {self.stage} step {self.step}"
+            )
         for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
