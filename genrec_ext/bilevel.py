@@ -123,6 +123,8 @@ def gradients(
     loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
 ) -> list[Tensor]:
     """Gradients of a scalar, zeros where it does not depend on a parameter."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(
         loss, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from genrec_ext import beam_search, gradient_surgery
+from genrec_ext import beam_search, gradient_surgery, token_logps
 from genrec_ext.bilevel import ORDERS, gradients, meta_gradient
 from genrec_ext.models import CompactConfig, CompactRecommender, SoftCodes
 from genrec_ext.ops import soft_assign
@@ -124,6 +124,11 @@ def test_what_does_not_matter_gets_zeros():
     for order in ORDERS:
         (found,) = meta_gradient(lambda _: (idle**3).sum(), [idle], [still], rate=1.0, order=order)
         torch.testing.assert_close(found, torch.full_like(idle, 3))
+    # A loss that the upper parameters do not enter, and one that nothing enters.
+    for loss in (lambda theta: (theta[0] ** 2).sum(), lambda theta: torch.ones(())):
+        for order in ORDERS:
+            (found,) = meta_gradient(loss, [idle], [still], rate=1.0, order=order)
+            assert (found == 0).all() and found.shape == (3,)
 
 
 def test_nothing_is_left_behind():
@@ -440,6 +445,20 @@ def test_simultaneous_moves_both_at_every_step():
     assert len(trained.take_updates()) == 1
 
 
+def test_a_stop_in_the_tokenizers_epoch_leaves_its_own_codes():
+    trained = trainer(joint="alternating", rate=2e-2, model={"item_candidates": 10})
+    first, random = trained.paths.clone(), torch.get_rng_state()
+    steps = iter(range(2))
+    trained.train_epoch(stop=lambda: next(steps, None) is None)
+    assert trained.step == 2 < trained.epoch_steps
+    assert not torch.equal(trained.paths, first)
+    assert torch.equal(trained.paths, trained._paths()[0])
+    assert torch.equal(torch.get_rng_state(), random)
+    trained.train_epoch()
+    (said,) = trained.take_updates()  # of the whole epoch
+    assert said["churn"] == pytest.approx(float((trained.paths != first).any(1).float().mean()))
+
+
 def test_alignment_equals_its_definition():
     _, _, tokenizer, embeddings = problem()
     tokenizer.double()
@@ -493,6 +512,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(joint, objective):
     assert torch.equal(weights(whole.tokenizer), weights(resumed.tokenizer))
     assert torch.equal(whole.model.codes, resumed.model.codes)
     assert whole.take_updates() == resumed.take_updates()
+
+
+def test_candidates_follow_the_codes():
+    options = {"rate": 0.1, "sft": {"objective": "apao-pairwise", "negatives": 6, "positions": 8}}
+    trained = trainer(**options)
+    trained.train_epoch()
+    assert trained.take_updates()[0]["churn"] > 0
+    resumed = trainer(**options)
+    resumed.load_state_dict(copy.deepcopy(trained.state_dict()))
+    model = trained.model.eval()
+    state = model.encode(model.pad([[0, 4], [7]]))
+    for run in (trained, resumed):
+        drawn = run.objective.sampler.draw(torch.tensor([3, 9]), seed=1)
+        assert torch.equal(drawn.codes, model.codes[drawn.items])
+        got = run.objective.score(run.model.eval(), state, drawn)
+        rows, support = model.item_rows(state.repeat_interleave(7, 0), drawn.items.flatten())
+        want, _ = token_logps(rows, drawn.codes.flatten(0, 1), **support)
+        torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-4, atol=1e-4)
 
 
 def test_upper_updates_leave_adaptive_weights_alone():
@@ -551,3 +588,15 @@ def test_a_loss_that_is_not_finite_stops_the_stage():
         trained.model.config = dataclasses.replace(trained.model.config, forget=0.9)
         with pytest.raises(FloatingPointError, match="at bilevel step 0"):
             trained.train_epoch()
+
+
+@pytest.mark.parametrize("where", ("decoder", "encoder"))
+def test_a_gradient_that_is_not_finite_stops_the_stage_before_the_tokenizer_moves(where):
+    trained = trainer(updates_per_epoch=100)
+    with torch.no_grad():
+        getattr(trained.tokenizer, where)[0].bias[0] = math.inf
+    before, codes = weights(trained.tokenizer), trained.model.codes.clone()
+    with pytest.raises(FloatingPointError, match="gradient is not finite at bilevel step 0"):
+        trained.train_epoch()
+    assert torch.equal(weights(trained.tokenizer), before)
+    assert torch.equal(trained.model.codes, codes)

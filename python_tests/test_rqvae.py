@@ -87,7 +87,9 @@ def test_scale_and_place_of_the_vectors_do_not_matter() -> None:
 def test_saved_and_loaded_is_the_same(tmp_path, changes) -> None:
     tokenizer = fitted(**changes)
     tokenizer.save(tmp_path / "t.safetensors")
+    state = torch.get_rng_state()
     again = load(tmp_path / "t.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(again, RQVAE) and again.settings() == tokenizer.settings()
     x = clusters(seed=3)
     assert torch.equal(again.encode(x), tokenizer.encode(x))

@@ -146,7 +146,8 @@ class RQVAE(Tokenizer, nn.Module):
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinity")
-        self._build(tensors["center"].numel())
+        with torch.random.fork_rng(devices=[]):  # fresh weights, drawn only to be replaced
+            self._build(tensors["center"].numel())
         self.load_state_dict(dict(tensors))
         self.eval()
 

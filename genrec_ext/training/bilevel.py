@@ -197,6 +197,7 @@ class BilevelTrainer(SFTTrainer):
         changed = (paths != self.paths).any(1)
         if changed.any():
             self.model.set_codes(next_ids(self.model.codes, paths, room, self.seed + self.step))
+            self.objective.follow(self.model)
         return float(changed.float().mean())
 
     # ---- the upper problem ----
@@ -282,6 +283,10 @@ class BilevelTrainer(SFTTrainer):
         parameters = list(self.tokenizer.parameters())
         weight, mode = self.bilevel.token_weight, self.bilevel.surgery
         update = gradient_surgery(parameters, rec, token, weight, mode)
+        if not torch.isfinite(torch.stack(torch._foreach_norm(update))).all():
+            raise FloatingPointError(
+                f"the tokenizer's gradient is not finite at {self.stage} step {self.step}"
+            )
         for parameter, gradient in zip(parameters, update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
@@ -345,20 +350,15 @@ class BilevelTrainer(SFTTrainer):
     def _token_step(self, rows: np.ndarray) -> dict[str, float]:
         """Alternating: the tokenizer moves by its loss and the alignment, the recommender stays."""
         batch = self._batch(rows)
-        seen: list[Tensor] = []
-
-        def keep(state: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            seen.extend((state, target))
-            return state.sum(), {}
-
+        wanted = (batch.history >= 0) & (batch.targets >= 0)
         self.model.eval()
         with torch.no_grad():
-            self.model.sequence_loss(batch.history, batch.targets, keep)
+            state = self.model.states(batch.history)[wanted]
         self.model.train()
         own, parts = self.tokenizer.token_loss(
             self._x, self.paths, self.tokenizer.encode_latents(self._x)
         )
-        aligned, align_parts = self.aligned(*seen)
+        aligned, align_parts = self.aligned(state, batch.targets[wanted])
         loss = self.bilevel.token_weight * own + aligned
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at {self.stage} step {self.step}")
@@ -366,6 +366,7 @@ class BilevelTrainer(SFTTrainer):
         for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
+        self.refresh()  # the loss is of the nearest codewords, and a stop may come at any step
         self.step += 1
         if self.step % self.epoch_steps == 0:
             self._note(parts)
@@ -392,6 +393,7 @@ class BilevelTrainer(SFTTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.objective.follow(self.model)
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.token_optimizer.load_state_dict(state["token_optimizer"])
         self.temperature, self.updates = state["temperature"], list(state["updates"])

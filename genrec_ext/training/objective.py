@@ -74,6 +74,9 @@ class Objective(nn.Module):
         logps, _ = token_logps(logits, model.codes[target], temperature=temperature, **support)
         return logps
 
+    def follow(self, model: CompactRecommender) -> None:
+        """To be called where the items' codes have changed."""
+
 
 class BeamAware(Objective):
     """BEAR: tokens that the beam search would keep weigh more.
@@ -140,7 +143,7 @@ class PrefixPairwise(Objective):
 
     def __init__(self, config: SFTConfig, model: CompactRecommender) -> None:
         super().__init__(config, model)
-        self.sampler = CandidateSampler(model.codes, config.negatives)
+        self.follow(model)
         self.prefix = PrefixPairwiseLoss(
             self.levels,
             0.03 if config.beta is None else config.beta,
@@ -163,6 +166,11 @@ class PrefixPairwise(Objective):
         pairwise = self.levels * self.prefix(logps, candidates.duplicates, candidates.log_scale)
         added = {"prefix": pairwise.detach(), **_weight_parts(self.prefix)}
         return loss + pairwise, {**parts, **added}
+
+    def follow(self, model: CompactRecommender) -> None:
+        # Of a copy: the sampler numbers prefixes once, and the model's codes may change in place.
+        sampler = CandidateSampler(model.codes.clone(), self.config.negatives)
+        self.sampler = sampler.to(model.codes.device)
 
     def score(self, model: CompactRecommender, state: Tensor, candidates: Candidates) -> Tensor:
         """`[B, C, L]`, log-probabilities of the candidates' codes after `state [B, d]`."""
