@@ -1,6 +1,7 @@
 """The sft stage: which targets its batches hold, and that a stopped run goes on unchanged."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from genrec_ext.data import leave_one_out, load
 from genrec_ext.models import CompactConfig, CompactRecommender
+from genrec_ext.models.layers import Dropout
 from genrec_ext.training.sft import SFTConfig, SFTTrainer, Windows
 
 ITEMS = 30
@@ -212,3 +214,86 @@ def test_a_loss_that_is_not_finite_is_an_error():
 def test_bad_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         SFTConfig(**settings)
+
+
+# ---- how a step is worked through ----
+
+
+def quiet(**settings):
+    """Without what is random in a step, so that its parts may be drawn apart."""
+    made = trainer(**settings)
+    made.model.config = dataclasses.replace(made.model.config, forget=0.0)
+    for module in made.model.modules():
+        if isinstance(module, Dropout):
+            module.rate = 0.0
+    return made
+
+
+@pytest.mark.parametrize("parts", (2, 3, 4, 9))
+def test_parts_of_a_batch_add_up_to_it(parts):
+    whole, split = quiet(), quiet(accumulate=parts)
+    for _ in range(3):
+        a, b = whole.train_epoch(), split.train_epoch()
+        assert a.keys() == b.keys()
+        assert all(a[name] == pytest.approx(b[name], rel=1e-4) for name in a)
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-3, atol=1e-4)
+
+
+def test_lower_precision_is_of_forward_alone():
+    plain, low = trainer(epochs=6), trainer(epochs=6, precision="bfloat16")
+    assert low._train_step(np.arange(4))["loss"] != plain._train_step(np.arange(4))["loss"]
+    kinds = {p.dtype for p in low.model.parameters()} | {p.grad.dtype for p in low.parameters()}
+    assert kinds == {torch.float32}
+    while not low.done:
+        last, want = low.train_epoch()["loss"], plain.train_epoch()["loss"]
+    assert last == pytest.approx(want, rel=0.05)
+    assert low.model.encode(low.model.pad([[1, 2]])).dtype == torch.float32
+
+
+def test_the_average_of_the_weights_is_what_is_looked_at():
+    made = trainer(average=0.9)
+    want = weights(made)
+    for _ in range(5):
+        made._train_step(np.arange(4))
+        decay = min(0.9, (1 + made.step) / (10 + made.step))
+        want = decay * want + (1 - decay) * weights(made)
+    own = weights(made)
+    with made.averaged():
+        torch.testing.assert_close(weights(made), want)
+        assert not torch.equal(weights(made), own)
+    assert torch.equal(weights(made), own)
+    plain = trainer()
+    with plain.averaged():
+        assert torch.equal(weights(plain), weights(trainer()))
+
+
+@pytest.mark.parametrize(
+    "changes", ({"accumulate": 2}, {"average": 0.9}, {"precision": "bfloat16"})
+)
+def test_such_runs_go_on_to_the_same_bits_too(changes):
+    whole = trainer(**changes)
+    while not whole.done:
+        whole.train_epoch()
+    part = trainer(**changes)
+    part.train_epoch()
+    state = copy.deepcopy(part.state_dict())
+    resumed = trainer(**changes)
+    resumed.load_state_dict(state)
+    while not resumed.done:
+        resumed.train_epoch()
+    assert torch.equal(weights(whole), weights(resumed))
+    with whole.averaged(), resumed.averaged():
+        assert torch.equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    (
+        ({"accumulate": 0}, "accumulate: 0; expected 1 or more"),
+        ({"average": 1.0}, "average: 1.0; expected 0 <= average < 1"),
+        ({"precision": "half"}, "precision: 'half'; expected one of float32, bfloat16"),
+    ),
+)
+def test_settings_of_a_step_out_of_range(changes, text):
+    with pytest.raises(ValueError, match=text):
+        SFTConfig(**changes)

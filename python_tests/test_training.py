@@ -250,6 +250,27 @@ def test_config_errors(text, changes):
         TrainConfig(out="x", **changes)
 
 
+def test_a_loss_that_is_not_finite_leaves_its_batch(data_file, tmp_path, monkeypatch, capsys):
+    step = SFTTrainer._train_step
+
+    def spoiled(self, rows):
+        if self.step == 2:
+            with torch.no_grad():
+                self.model.start.fill_(math.nan)
+                self.model.norm.bias.fill_(math.nan)
+        return step(self, rows)
+
+    monkeypatch.setattr(SFTTrainer, "_train_step", spoiled)
+    argv = ["train", "--data", str(data_file), "--out", str(tmp_path), "--stages", "sft"]
+    assert cli.main([*argv, "--epochs", "2"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "at sft step 2" in error and "failed_batch.pt" in error
+    kept = checkpoint.load(tmp_path / "failed_batch.pt")
+    assert kept["stage"] == "sft" and kept["trainer"]["step"] == 2
+    assert kept["batch"]["history"].shape == kept["batch"]["targets"].shape
+    assert kept["trainer"]["model"]["norm.bias"].isnan().all()
+
+
 def test_training_on_a_raw_log(tmp_path, capsys):
     data = generate(seed=1, num_users=150, num_items=250).data
     rows = [

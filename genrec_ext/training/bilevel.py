@@ -23,7 +23,7 @@ from ..ops import gradient_surgery, residual_quantize, resolve_collisions, sid_r
 from ..tokenizers import RQVAE
 from .alignment import Alignment
 from .identifiers import crowded, next_ids
-from .sft import Batch, SequenceLoss, SFTConfig, SFTTrainer
+from .sft import Batch, NonFiniteLossError, SequenceLoss, SFTConfig, SFTTrainer
 
 JOINTS = ("bilevel", "alternating", "simultaneous")
 SURGERY = ("projection", "released", "none")
@@ -233,7 +233,7 @@ class BilevelTrainer(SFTTrainer):
         rec = gradients((soft.probabilities * for_codes).sum(), parameters)
         loss, parts = self.tokenizer.token_loss(self._x, self.paths, latents)
         token = gradients(loss, parameters)
-        self._move(rec, token)
+        self._move(batch, rec, token)
         self._note(parts, rec, token)
 
     def _some(self, batch: Batch) -> Batch:
@@ -279,13 +279,13 @@ class BilevelTrainer(SFTTrainer):
             self.objective.train(was_training)
         return gradient
 
-    def _move(self, rec: list[Tensor], token: list[Tensor]) -> None:
+    def _move(self, batch: Batch, rec: list[Tensor], token: list[Tensor]) -> None:
         parameters = list(self.tokenizer.parameters())
         weight, mode = self.bilevel.token_weight, self.bilevel.surgery
         update = gradient_surgery(parameters, rec, token, weight, mode)
         if not torch.isfinite(torch.stack(torch._foreach_norm(update))).all():
-            raise FloatingPointError(
-                f"the tokenizer's gradient is not finite at {self.stage} step {self.step}"
+            raise NonFiniteLossError(
+                f"the tokenizer's gradient is not finite at {self.stage} step {self.step}", batch
             )
         for parameter, gradient in zip(parameters, update, strict=True):
             parameter.grad = gradient
@@ -331,6 +331,7 @@ class BilevelTrainer(SFTTrainer):
             return self._token_step(rows)
         if joint != "simultaneous":
             return super()._train_step(rows)
+        self.token_optimizer.zero_grad(set_to_none=True)
         parts = super()._train_step(rows)
         churn = self.refresh()
         if self.step % self.epoch_steps == 0:
@@ -340,7 +341,6 @@ class BilevelTrainer(SFTTrainer):
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.bilevel.joint != "simultaneous":
             return super()._loss(batch)
-        self.token_optimizer.zero_grad(set_to_none=True)
         latents = self.tokenizer.encode_latents(self._x)
         with self.model.soft_codes(self._soft(batch, latents)):
             loss, parts = super()._loss(batch)
@@ -361,7 +361,9 @@ class BilevelTrainer(SFTTrainer):
         aligned, align_parts = self.aligned(state, batch.targets[wanted])
         loss = self.bilevel.token_weight * own + aligned
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at {self.stage} step {self.step}")
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at {self.stage} step {self.step}", batch
+            )
         update = gradients(loss, list(self.tokenizer.parameters()))
         for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
             parameter.grad = gradient
@@ -407,7 +409,7 @@ class _Aligned(SequenceLoss):
     """With ETEGRec's losses, the tokenizer held still."""
 
     def __init__(self, trainer: BilevelTrainer) -> None:
-        super().__init__(trainer.model, trainer.objective)
+        super().__init__(trainer.model, trainer.objective, trainer.config.precision)
         self._trainer = [trainer]  # in a list, so that it is no submodule
 
     def codes(

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .bilevel import BilevelTrainer, summarize
 from .config import TrainConfig
 from .identifiers import first_ids
 from .rl import SageTrainer
-from .sft import SFTTrainer
+from .sft import NonFiniteLossError, SFTTrainer
 
 METRIC = "recall@10"
 CHECKPOINT = "checkpoint.pt"
@@ -338,7 +339,11 @@ class _Training:
             bar.set_postfix(loss=f"{loss:.3f}", epoch=trainer.epoch, refresh=False)
 
         while not trainer.done and stale < self.config.patience:
-            losses = trainer.train_epoch(stop=lambda: self.left(stage) <= 0, progress=progress)
+            try:
+                losses = trainer.train_epoch(stop=lambda: self.left(stage) <= 0, progress=progress)
+            except NonFiniteLossError as error:
+                bar.close()
+                raise FloatingPointError(f"{error}; {self._keep_failed(trainer, error)}") from error
             if losses:
                 self.note(stage=stage, step=trainer.step, epoch=trainer.epoch, **losses)
             if isinstance(trainer, BilevelTrainer):
@@ -352,7 +357,8 @@ class _Training:
                 bar.total = trainer.epochs * trainer.epoch_steps
             every = max(1, trainer.epochs // _VALIDATIONS)
             if trainer.done or out_of_time or trainer.epoch % every == 0:
-                stale = 0 if self.validate(stage, trainer.step) else stale + 1
+                with trainer.averaged():
+                    stale = 0 if self.validate(stage, trainer.step) else stale + 1
                 bar.set_description(
                     f"{stage}, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}"
                 )
@@ -368,6 +374,14 @@ class _Training:
             updates = [line["codes"] for line in mine if "codes" in line]
             self.stages[stage]["codes"] = summarize(updates)
         self.save(stage, trainer, force=True)
+
+    def _keep_failed(self, trainer: SFTTrainer, error: NonFiniteLossError) -> str:
+        """Writes down what a loss that is not finite is of; says where."""
+        path = self.folder / "failed_batch.pt"
+        batch = {field.name: getattr(error.batch, field.name) for field in fields(error.batch)}
+        state = {"stage": trainer.stage, "trainer": trainer.state_dict(), "batch": batch}
+        checkpoint.save(path, state)
+        return f"its batch and the trainer's state before it are in {path}"
 
     def _stale_validations(self, stage: str) -> int:
         """Validations since the best one, from the log: what patience has already been spent."""

@@ -7,8 +7,9 @@ file and prints nothing: whoever calls decides when to stop, validate and save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,20 @@ from torch import Tensor, nn
 from ..models import CompactRecommender
 from ..objectives import VARIANTS
 from .objective import OBJECTIVES, Objective, build
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or a gradient that is NaN or infinite.
+
+    Attributes:
+        batch: what it is of.
+    """
+
+    def __init__(self, text: str, batch: Batch) -> None:
+        super().__init__(text)
+        self.batch = batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,12 @@ class SFTConfig:
             data what follows soon is nearly as good a witness as what follows next.
         horizon_decay: in (0, 1).
         clip_norm: largest norm of a gradient.
+        accumulate: parts that a batch's sequences are worked through in, one after the other; their
+            gradients add up to the batch's, and memory is that of a part.
+        precision: `"float32"`, or `"bfloat16"`: torch.autocast in forward; weights, optimiser and
+            losses stay float32.
+        average: decay of a moving average of the weights, which is then what is validated, kept and
+            recommended by; 0 for none.
         objective: what is made of semantic IDs; docs/objectives.md compares them.
             `"ce"`: cross-entropy over all codes of a level; `"msl"`: over the codes that can follow
             in the catalogue; None: whichever of the two the model decodes by, which by default is
@@ -61,6 +82,9 @@ class SFTConfig:
     horizon: int = 5
     horizon_decay: float = 0.5
     clip_norm: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    average: float = 0.0
     objective: str | None = None
     temperature: float = 1.0
     beta: float | None = None
@@ -74,7 +98,8 @@ class SFTConfig:
     beam_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "users", "horizon", "negatives", "positions", "beam_width"):
+        counts = "epochs users horizon accumulate negatives positions beam_width"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
         for name in ("warmup", "horizon_decay"):
@@ -86,7 +111,13 @@ class SFTConfig:
         for name in ("weight_decay", "beta", "eta", "beam_weight"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 0 or more")
-        for name, accepted in (("objective", (None, *OBJECTIVES)), ("variant", VARIANTS)):
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: {self.average}; expected 0 <= average < 1")
+        for name, accepted in (
+            ("objective", (None, *OBJECTIVES)),
+            ("variant", VARIANTS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in accepted:
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r}; expected one of "
@@ -196,16 +227,21 @@ class SequenceLoss(nn.Module):
     Args:
         model: the model.
         objective: what is made of semantic IDs.
+        precision: as in :class:`SFTConfig`.
     """
 
-    def __init__(self, model: CompactRecommender, objective: Objective) -> None:
+    def __init__(
+        self, model: CompactRecommender, objective: Objective, precision: str = "float32"
+    ) -> None:
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.precision = model, objective, precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its detached parts; torch's global generator is left as it was."""
-        cuda = [batch.history.device] if batch.history.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        device = batch.history.device.type
+        cuda = [batch.history.device] if device == "cuda" else []
+        low = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        with torch.random.fork_rng(devices=cuda), low:
             torch.manual_seed(batch.seed)
             return self.model.sequence_loss(
                 batch.history, batch.targets, lambda state, target: self.codes(state, target, batch)
@@ -248,7 +284,7 @@ class SFTTrainer:
         self.device = next(model.parameters()).device
         self.windows = Windows(train, model.config.max_history)
         self.objective = build(config, model)
-        self.sequence_loss = SequenceLoss(model, self.objective)
+        self.sequence_loss = SequenceLoss(model, self.objective, config.precision)
         self.epoch_steps = math.ceil(len(self.windows) / config.users)
         self.epochs = config.epochs
         self.step = 0
@@ -263,6 +299,9 @@ class SFTTrainer:
             betas=(0.9, 0.98),
             fused=True,
         )
+        self._averages: list[Tensor] | None = None
+        if config.average:
+            self._averages = [p.detach().clone() for p in model.parameters()]
 
     @property
     def epoch(self) -> int:
@@ -346,16 +385,73 @@ class SFTTrainer:
         batch = self._batch(rows)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_at(self.step)
-        loss, parts = self._loss(batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at {self.stage} step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        pieces = self._pieces(batch)
+        targets = [int(((p.targets >= 0) & (p.history >= 0)).sum()) for p in pieces]
+        told: dict[str, float] = {}
+        for piece, count in zip(pieces, targets, strict=True):
+            if not count and len(pieces) > 1:
+                continue
+            # Losses are means over targets.
+            share = count / max(sum(targets), 1) if len(pieces) > 1 else 1.0
+            loss, parts = self._loss(piece)
+            if not torch.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss is {loss.item()} at {self.stage} step {self.step}", piece
+                )
+            (loss if share == 1 else share * loss).backward()
+            for name, part in {"loss": loss.detach(), **parts}.items():
+                told[name] = told.get(name, 0.0) + share * part.item()
         self._before_update(batch)
         nn.utils.clip_grad_norm_(self.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.step += 1
-        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        self._average()
+        return told
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        """The batch in as many parts as the configuration says."""
+        count = self.config.accumulate
+        if count == 1:
+            return [batch]
+        rows = torch.arange(len(batch.history), device=self.device).tensor_split(count)
+        return [
+            replace(
+                batch,
+                history=batch.history[some],
+                targets=batch.targets[some],
+                seed=batch.seed + place,
+                draws=(*batch.draws, place),
+            )
+            for place, some in enumerate(rows)
+            if len(some)
+        ]
+
+    # ---- the average of the weights ----
+
+    def _average(self) -> None:
+        if self._averages is None:
+            return
+        # Few steps in, the start would weigh too much.
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, list(self.model.parameters()), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the model has the average of its weights, where there is one."""
+        if self._averages is None:
+            yield
+            return
+        parameters: list[Tensor] = list(self.model.parameters())
+        own = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self._averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, own)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.sequence_loss(batch)
@@ -375,6 +471,7 @@ class SFTTrainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
+            "averages": self._averages,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -382,3 +479,5 @@ class SFTTrainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
+        if self._averages is not None:
+            self._averages = [average.clone() for average in state["averages"]]
