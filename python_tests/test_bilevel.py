@@ -569,6 +569,8 @@ def test_what_does_not_belong_together_is_refused():
         ({"order": 3}, "order: 3; expected one of 0, 1, fd, 2"),
         ({"surgery": "x"}, "surgery: 'x'; expected"),
         ({"updates_per_epoch": 0}, "updates_per_epoch: 0; expected 1"),
+        ({"joint": "alternating", "order": 1}, "order: 1 for joint 'alternating'"),
+        ({"joint": "simultaneous", "users": 4}, "users: 4 for joint 'simultaneous'"),
         ({"cycle": 1}, "cycle: 1; expected 2"),
         ({"rate": 0}, "rate: 0; expected more than 0"),
         ({"token_weight": -1}, "token_weight: -1; expected 0 or more"),

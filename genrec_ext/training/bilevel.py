@@ -78,6 +78,13 @@ class BilevelConfig:
         for name in ("updates_per_epoch", "users", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
+        for name in ("order", "difference", "surgery", "updates_per_epoch", "users"):
+            value = getattr(self, name)
+            if self.joint != "bilevel" and value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}: {value!r} for joint {self.joint!r}; expected none, as only joint "
+                    "'bilevel' has it"
+                )
         if self.cycle < 2:
             raise ValueError(f"cycle: {self.cycle}; expected 2 or more: one epoch for each side")
         for name in ("rate", "temperature", "difference"):
