@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if facts["operators"] else 1
     try:
         return _tokenize(arguments) if arguments.command == "tokenize" else _run(arguments)
-    except (ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"genrec: {error}", file=sys.stderr)
         return 2
 

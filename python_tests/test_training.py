@@ -491,8 +491,10 @@ def test_commands(data_file, tmp_path, capsys):
         (["train", "--out", "{out}", "--stages", "rl"], "stages must be of sft,bilevel,rl"),
         (["train", "--out", "{out}", "--order", "1"], "order given without the stage bilevel"),
         (
-            ["train", "--out", "{out}", "--stages", "bilevel"]
-            + ["--joint", "alternating", "--surgery", "none"],
+            [
+                *("train", "--out", "{out}", "--stages", "bilevel"),
+                *("--joint", "alternating", "--surgery", "none"),
+            ],
             "surgery: 'none' for joint 'alternating'; expected none",
         ),
         (["evaluate", "{out}"], "no such file"),
@@ -503,6 +505,15 @@ def test_command_errors_are_one_line(arguments, text, tmp_path, capsys):
     assert cli.main([part.format(out=tmp_path / "run") for part in arguments]) == 2
     error = capsys.readouterr().err
     assert text in error and error.startswith("genrec: ") and error.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch, capsys):
+    def diverging(config):
+        raise FloatingPointError("the loss is nan at sft step 3")
+
+    monkeypatch.setattr(training, "train", diverging)
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "genrec: the loss is nan at sft step 3\n"
 
 
 def test_a_short_run_on_real_data_beats_popularity(shared_data, tmp_path):
