@@ -553,6 +553,24 @@ def test_more_items_a_path_than_suffixes_are_spread():
     assert counts.max() <= room and len(torch.unique(trained.model.codes, dim=0)) == ITEMS
 
 
+def test_a_device_that_rounds_otherwise_is_no_other_tokenizer(monkeypatch):
+    model, train, tokenizer, embeddings = problem()
+    move = RQVAE.to
+
+    def rounding(self, *arguments):
+        moved = move(self, *arguments)
+        with torch.no_grad():
+            moved.encoder[0].weight.mul_(1.2)  # enough for some codes
+        return moved
+
+    monkeypatch.setattr(RQVAE, "to", rounding)
+    config = SFTConfig(users=6)
+    trained = BilevelTrainer(model, train, tokenizer, embeddings, config, BilevelConfig())
+    assert not torch.equal(trained.paths, trained._paths()[0])
+    trained._upper_update(trained._batch(np.arange(6)))
+    assert torch.equal(trained.paths, trained._paths()[0])
+
+
 def test_what_does_not_belong_together_is_refused():
     model, train, tokenizer, embeddings = problem()
     with pytest.raises(ValueError, match="its codes of the embeddings are not the model's"):
@@ -569,6 +587,8 @@ def test_what_does_not_belong_together_is_refused():
         ({"order": 3}, "order: 3; expected one of 0, 1, fd, 2"),
         ({"surgery": "x"}, "surgery: 'x'; expected"),
         ({"updates_per_epoch": 0}, "updates_per_epoch: 0; expected 1"),
+        ({"joint": "alternating", "order": 1}, "order: 1 for joint 'alternating'"),
+        ({"joint": "simultaneous", "users": 4}, "users: 4 for joint 'simultaneous'"),
         ({"cycle": 1}, "cycle: 1; expected 2"),
         ({"rate": 0}, "rate: 0; expected more than 0"),
         ({"token_weight": -1}, "token_weight: -1; expected 0 or more"),

@@ -239,6 +239,24 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         ("tokenizer must be rqvae", {"tokenizer": "data", "stages": ("bilevel",)}),
         ("rqvae: .* expected none", {"rqvae": {"levels": 2}}),
         ("levels: 0; expected 1", {"tokenizer": "rqvae", "rqvae": {"levels": 0}}),
+        ("index: 'a'; expected none", {"index": "a", "tokenizer": "rqvae"}),
+        ("index: 'a'; expected none", {"index": "a", "stages": ("bilevel",)}),
+        (
+            "rqvae: codebook 'ema'; expected 'gradient'",
+            {"rqvae": {"codebook": "ema"}, "stages": ("bilevel",)},
+        ),
+        *(
+            (
+                f"order: 2 with objective '{name}'",
+                {
+                    "stages": ("bilevel",),
+                    "sft": SFTConfig(objective=name),
+                    "bilevel": BilevelConfig(order=2),
+                },
+            )
+            for name in ("bear", "apao-pairwise")
+        ),
+        ("bilevel: order, rate given without", {"bilevel": BilevelConfig(order=1, rate=1e-3)}),
         ("minutes must be positive", {"minutes": 0.0}),
         ("epochs must be at least 1", {"epochs": 0}),
         ("split must be one of leave-one-out, time, got 'x'", {"split": "x"}),
@@ -379,11 +397,13 @@ def test_options_of_the_command_reach_the_stage(data_file, tmp_path, monkeypatch
     monkeypatch.setattr(training, "summary", str)
     argv = ["train", "--data", str(data_file), "--out", str(tmp_path), "--stages", "sft,bilevel"]
     argv += ["--order", "2", "--surgery", "none", "--updates-per-epoch", "5"]
-    assert cli.main([*argv, "--joint", "alternating"]) == 0
+    assert cli.main(argv) == 0
     found = got[0].bilevel
     assert (found.order, found.surgery, found.updates_per_epoch) == (2, "none", 5)
-    assert found.joint == "alternating"
+    assert found.joint == "bilevel"
     assert got[0].learns_tokenizer()
+    assert cli.main([*argv[:7], "--joint", "alternating"]) == 0
+    assert got[1].bilevel.joint == "alternating"
 
 
 # ---- the rl stage ----
@@ -525,6 +545,14 @@ def test_commands(data_file, tmp_path, capsys):
     (
         (["train", "--data", "no/such/folder", "--out", "{out}"], "no/such/folder"),
         (["train", "--out", "{out}", "--stages", "rl"], "stages must be of sft,bilevel,rl"),
+        (["train", "--out", "{out}", "--order", "1"], "order given without the stage bilevel"),
+        (
+            [
+                *("train", "--out", "{out}", "--stages", "bilevel"),
+                *("--joint", "alternating", "--surgery", "none"),
+            ],
+            "surgery: 'none' for joint 'alternating'; expected none",
+        ),
         (["evaluate", "{out}"], "no such file"),
         (["recommend", "{out}", "--history", "1"], "no such file"),
     ),
@@ -533,6 +561,15 @@ def test_command_errors_are_one_line(arguments, text, tmp_path, capsys):
     assert cli.main([part.format(out=tmp_path / "run") for part in arguments]) == 2
     error = capsys.readouterr().err
     assert text in error and error.startswith("genrec: ") and error.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch, capsys):
+    def diverging(config):
+        raise FloatingPointError("the loss is nan at sft step 3")
+
+    monkeypatch.setattr(training, "train", diverging)
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "genrec: the loss is nan at sft step 3\n"
 
 
 def test_a_short_run_on_real_data_beats_popularity(shared_data, tmp_path):

@@ -153,13 +153,13 @@ class RQVAE(Tokenizer, nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        """Codewords, float32 `[levels, codebook_size, latent]`.
+        """Codewords, float32 `[levels, codebook_size, latent]`, on the CPU.
 
         Raises:
             RuntimeError: `fit` has not run.
         """
         self._check_fitted()
-        return self.books.detach()
+        return self.books.detach().cpu()
 
     def latents(self, embeddings: Tensor) -> Tensor:
         """What is quantized, float32 `[N, latent]`."""
@@ -174,7 +174,7 @@ class RQVAE(Tokenizer, nn.Module):
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """Codes of `embeddings [N, D]`, int64 `[N, levels]`: the latents' nearest codewords."""
-        return residual_quantize(self.latents(embeddings), self.codebooks.cpu())[0]
+        return residual_quantize(self.latents(embeddings), self.codebooks)[0]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Vectors of `codes [N, levels]`, float32 `[N, D]`."""

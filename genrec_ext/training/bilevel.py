@@ -78,6 +78,13 @@ class BilevelConfig:
         for name in ("updates_per_epoch", "users", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
+        for name in ("order", "difference", "surgery", "updates_per_epoch", "users"):
+            value = getattr(self, name)
+            if self.joint != "bilevel" and value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}: {value!r} for joint {self.joint!r}; expected none, as only joint "
+                    "'bilevel' has it"
+                )
         if self.cycle < 2:
             raise ValueError(f"cycle: {self.cycle}; expected 2 or more: one epoch for each side")
         for name in ("rate", "temperature", "difference"):
@@ -140,14 +147,15 @@ class BilevelTrainer(SFTTrainer):
         super().__init__(model, train, config, seed)
         if tokenizer.codebook != "gradient":
             raise ValueError(f'tokenizer: codebooks by {tokenizer.codebook!r}; expected "gradient"')
+        # Before the move: rounding differs between devices, and with it a code now and then.
+        if not torch.equal(tokenizer.encode(embeddings), self.paths.cpu()):
+            raise ValueError("tokenizer: its codes of the embeddings are not the model's")
         self.bilevel = bilevel
         self.tokenizer = tokenizer.to(self.device).train()
         if bilevel.epochs is not None:
             self.epochs = bilevel.epochs
         with torch.no_grad():
             self._x = tokenizer.normalized(embeddings.float().to(self.device))
-        if not torch.equal(self._paths()[0], self.paths):
-            raise ValueError("tokenizer: its codes of the embeddings are not the model's")
         self.token_optimizer = torch.optim.AdamW(
             tokenizer.parameters(), lr=bilevel.rate, weight_decay=0.0
         )

@@ -11,7 +11,7 @@ from typing import Any
 from ..models import CompactConfig
 from ..tokenizers import RQVAE
 from .bilevel import BilevelConfig
-from .objective import SOFTMAX
+from .objective import ONCE_DIFFERENTIABLE, SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
 
@@ -93,7 +93,29 @@ class TrainConfig:
             )
         if self.rqvae and not self.learns_tokenizer():
             raise ValueError(f"rqvae: {self.rqvae}; expected none, as tokenizer is not rqvae")
-        RQVAE(**self.rqvae)  # for its errors
+        codebook = RQVAE(**self.rqvae).codebook  # and for its errors
+        if self.index is not None and self.learns_tokenizer():
+            raise ValueError(
+                f"index: {self.index!r}; expected none, as semantic IDs come from an RQ-VAE"
+            )
+        if "bilevel" in self.stages:
+            if codebook != "gradient":
+                raise ValueError(
+                    f"rqvae: codebook {codebook!r}; expected 'gradient' for the stage bilevel"
+                )
+            objective, order = self.sft.objective, self.bilevel.order
+            if order == 2 and objective in ONCE_DIFFERENTIABLE:
+                raise ValueError(
+                    f"order: 2 with objective {objective!r}, which has no second derivative; "
+                    "expected 0, 1 or fd"
+                )
+        elif self.bilevel != BilevelConfig():
+            given = dataclasses.asdict(self.bilevel).items()
+            changed = [name for name, value in given if value != getattr(BilevelConfig, name)]
+            raise ValueError(
+                f"bilevel: {', '.join(changed)} given without the stage bilevel; got "
+                f"{','.join(self.stages)}"
+            )
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if self.reading and self.data is None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SOFTMAX: dict[str | None, Literal["level", "children"]] = {"ce": "level", "msl": "children"}
 """What these two objectives' probabilities are normalised over; the others take the model's."""
 
+ONCE_DIFFERENTIABLE = ("bear", "apao-pairwise")
+"""The losses of these have no second derivative."""
+
 Parts = dict[str, Tensor]
 
 
