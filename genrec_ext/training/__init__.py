@@ -5,6 +5,7 @@ line imports it.
 """
 
 from .bilevel import BilevelConfig, BilevelTrainer
+from .compare import compare_runs
 from .config import TrainConfig
 from .evaluation import DecodeClock
 from .loop import summary, train
@@ -21,6 +22,7 @@ __all__ = [
     "SFTTrainer",
     "SageTrainer",
     "TrainConfig",
+    "compare_runs",
     "evaluate",
     "recommend",
     "summary",
