@@ -198,13 +198,22 @@ def test_evaluate_rankings_without_cold_targets_or_collisions() -> None:
 
 
 def test_tensors_and_arrays_agree() -> None:
-    items, targets = torch.tensor([[2, 0], [1, 3]]), torch.tensor([0, 0])
-    ones = torch.ones(4, dtype=torch.int64)
-    assert metrics.evaluate_rankings(
-        items, targets, num_items=4, train_counts=ones, ks=(2,)
-    ) == metrics.evaluate_rankings(
-        items.numpy(), targets.numpy(), num_items=4, train_counts=ones.numpy(), ks=(2,)
+    tensors = {
+        "items": torch.tensor([[2, 0], [1, 3]]),
+        "targets": torch.tensor([0, 0]),
+        "train_counts": torch.tensor([4, 1, 2, 0]),
+        "codes": torch.tensor([[0, 1], [0, 2], [1, 0], [0, 1]]),
+        "scores": torch.tensor([[-1.0, -2.0], [-0.5, -3.0]]),
+    }
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    history = torch.tensor([1, 2])
+    told = metrics.evaluate_rankings(
+        **tensors, num_items=4, ks=(2,), histories=[history, history[:0]]
     )
+    assert told == metrics.evaluate_rankings(
+        **arrays, num_items=4, ks=(2,), histories=[history.numpy(), []]
+    )
+    assert None not in (told["diversity@2"], told["list_entropy@2"], told["miscalibration@2"])
 
 
 # Against scikit-learn, SciPy and torchmetrics, where they have the same

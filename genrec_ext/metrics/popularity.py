@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._arrays import Array, first, integers, occurrences, within
+from ._arrays import Array, first, integers, occurrences, plain, within
 
 RARE = 5
 """Most occurrences in training of a rare item. In the field's 5-core data every item has five or
@@ -171,7 +171,7 @@ def _flat(histories: Sequence[Array], users: int) -> tuple[np.ndarray, np.ndarra
     """All items of all histories, and whose each is."""
     if len(histories) != users:
         raise ValueError(f"histories: {len(histories)} for {users} rows of items")
-    arrays = [np.asarray(history, dtype=np.int64) for history in histories]
+    arrays = [np.asarray(plain(history), dtype=np.int64) for history in histories]
     flat = np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
     if flat.size and flat.min() < 0:
         raise ValueError(f"histories: holds {flat.min()}; expected ids from 0")

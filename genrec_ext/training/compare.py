@@ -45,6 +45,17 @@ def compare_runs(
     Raises:
         CheckpointError: a run has no file of its users.
         ValueError: runs on different data, no run, or an unknown metric.
+
+    >>> import tempfile
+    >>> folder, four = Path(tempfile.mkdtemp()), np.arange(4)
+    >>> def run(name, rank):
+    ...     (folder / name).mkdir()
+    ...     PerUser("some data", 20, four.astype(str), np.array(rank), np.ones(4), four, four % 3
+    ...     ).save(folder / name)
+    ...     return [folder / name]
+    >>> found = compare_runs({"old": run("a", [0, 9, -1, -1]), "new": run("b", [0, 3, 2, -1])})
+    >>> found["rows"][1]["differences"]["recall@5"]["difference"]
+    0.5
     """
     if not groups or not all(groups.values()):
         raise ValueError(f"groups: {dict(groups)}; expected one run or more of each name")

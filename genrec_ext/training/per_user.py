@@ -38,6 +38,12 @@ class PerUser:
             semantic ID.
         train_count: int64 ``[U]``, occurrences of the target in training.
         popularity: int8 ``[U]``, the target's :func:`genrec_ext.metrics.popularity_groups`.
+
+    >>> found = PerUser(
+    ...     "some data", 20, np.array(["ann", "bob"]), np.array([3, -1]), np.ones(2),
+    ...     np.array([0, 9]), np.array([2, 0]))
+    >>> found.values("recall@10").tolist(), found.values("cold_mrr@10").tolist()
+    ([1.0, 0.0], [0.25])
     """
 
     data: str
@@ -143,6 +149,12 @@ def identity(data: Interactions) -> str:
     Unlike :meth:`genrec_ext.data.Interactions.fingerprint` it is the same for every order of the
     internal ids, which differs by seed, and for every semantic ID or text: runs that differ in
     these answer the same questions.
+
+    >>> took = np.array([0, 1, 1])
+    >>> one = Interactions("x", [took], ["ann"], ["pen", "ink"])
+    >>> other = Interactions("y", [1 - took], ["ann"], ["ink", "pen"])
+    >>> one.fingerprint() == other.fingerprint(), identity(one) == identity(other)
+    (False, True)
     """
     digest = hashlib.sha256()
 
