@@ -48,13 +48,11 @@ def measure(config: TrainConfig, stage: str) -> tuple[Line, dict[str, Any]]:
     told = train(config)
     loaded = run.load(config.out, config.device)
     split = run.split_data(run.open_data(loaded.source), loaded.source)
-    items, kept = evaluation.rank_test(loaded.model, loaded.trie, split)
+    ranking = evaluation.rank_test(loaded.model, loaded.trie, split)
     group = evaluation.collision_groups(loaded.model.codes.cpu().numpy())
-    recall = metrics.recall(items, split.test_targets, K, group)
-    ndcg = metrics.ndcg(items, split.test_targets, K, group)
-    hit = np.flatnonzero(recall)
+    assert ranking.kept is not None
     # Ids are shuffled by seed and users are not, so a user is the same one in every run.
-    ranks = np.rint(2 ** (recall[hit] / ndcg[hit]) - 2).astype(int)
+    rank, credit = metrics.hits(ranking.items, split.test_targets, K, group)
     test = told["stages"][stage]["test"]
     line = {
         "steps": told["stages"][stage]["steps"],
@@ -64,9 +62,9 @@ def measure(config: TrainConfig, stage: str) -> tuple[Line, dict[str, Any]]:
         "valid": told["stages"][stage]["valid"][f"recall@{K}"],
         "coverage": test[f"coverage@{K}"],
         "cold_recall": test[f"cold_recall@{K}"],
-        "users": len(items),
-        "hits": [[int(u), int(r), float(recall[u])] for u, r in zip(hit, ranks)],
-        "survival": [round(float(x), 6) for x in kept.mean(0)],
+        "users": len(rank),
+        "hits": [[int(u), int(rank[u]), float(credit[u])] for u in np.flatnonzero(rank >= 0)],
+        "survival": [round(float(x), 6) for x in ranking.kept.mean(0)],
     }
     return line, told
 
@@ -82,20 +80,9 @@ def per_user(line: Line, metric: str) -> np.ndarray:
     return values
 
 
-def interval(values: np.ndarray, samples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of ``values [S, U]``, and its 95% interval with seeds and users resampled (percentile
-    bootstrap; both drawn anew each time, crossed as they are in the data)."""
-    rng = np.random.default_rng(seed)
-    S, U = values.shape
-    used = np.flatnonzero(values.any(0))  # users who count as 0 in every run need no drawing
-    shares = np.full(len(used) + 1, 1 / U)
-    shares[-1] = 1 - len(used) / U
-    means = []
-    for _ in range(samples):
-        weight = rng.multinomial(U, shares)[:-1]
-        means.append(values[rng.integers(S, size=S)][:, used].mean(0) @ weight / U)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ``values [S, U]``, and its 95% interval with seeds and users resampled."""
+    return float(values.mean()), *metrics.bootstrap(values)
 
 
 def seeds_of(results: Results, data: str, method: str) -> dict[int, Line]:

@@ -1,4 +1,4 @@
-"""The ``genrec`` command: demo, train, evaluate, recommend, tokenize, data, info.
+"""The ``genrec`` command: demo, train, evaluate, compare, recommend, tokenize, data, info.
 
 Parses arguments, calls ``training``, ``tokenizers`` or ``data`` and prints; no logic lives here.
 """
@@ -110,6 +110,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", help="run folder")
     evaluate.add_argument("--data", help="the data of the run (default: where they were)")
     evaluate.add_argument("--device", default="cpu")
+
+    compare = commands.add_parser(
+        "compare", help="runs on the same data side by side, with intervals over users"
+    )
+    compare.add_argument("runs", nargs="*", metavar="run", help="run folders")
+    compare.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        type=_group,
+        metavar="NAME=RUN,RUN,..",
+        help="runs that count as one, such as seeds of one setting; after the plain ones",
+    )
+    compare.add_argument(
+        "--metric",
+        action="append",
+        help="recall@K, ndcg@K, mrr@K or hit@K; cold_, rare_, head_ or tail_ before it for those "
+        "targets alone; may be repeated (default: recall and ndcg at 5 and 10)",
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--out", metavar="FILE", help="draw a picture, X.png")
 
     recommend = commands.add_parser("recommend", help="items for a history")
     recommend.add_argument("run", help="run folder")
@@ -233,6 +254,14 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def _group(text: str) -> tuple[str, list[str]]:
+    name, _, runs = text.partition("=")
+    found = [run for run in runs.split(",") if run]
+    if not name or not found:
+        raise argparse.ArgumentTypeError(f"must be NAME=RUN,RUN,.., got {text}")
+    return name, found
+
+
 def _columns(text: str) -> dict[str, str | int]:
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     return {role: int(name) if name.isdecimal() else name for role, name in pairs}
@@ -274,6 +303,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         print(json.dumps(figures, indent=2))
         print(f"genrec: {clock}", file=sys.stderr)  # the figures alone can be read by a program
+    elif arguments.command == "compare":
+        return _compare(arguments)
     else:
         found = training.recommend(
             arguments.run, arguments.history.split(","), arguments.k, unseen=arguments.unseen
@@ -284,6 +315,23 @@ def _run(arguments: argparse.Namespace) -> int:
             for place, item in enumerate(found, 1):
                 title = f"  {item['title']}" if item["title"] else ""
                 print(f"{place:>3}  {item['item']:>8}  {item['score']:8.4f}{title}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .training import compare
+
+    groups: dict[str, list[str]] = {}
+    for name, runs in [*((run, [run]) for run in arguments.runs), *arguments.group]:
+        if name in groups:
+            raise ValueError(f"{name}: given twice; expected each run and each group's name once")
+        groups[name] = runs
+    if not groups:
+        raise ValueError("compare: no runs; expected run folders, or --group NAME=RUN,RUN,..")
+    found = compare.compare_runs(groups, arguments.metric or compare.METRICS)
+    if arguments.out:
+        compare.plot(found, arguments.out)
+    print(json.dumps(found, indent=2) if arguments.json else compare.text(found))
     return 0
 
 

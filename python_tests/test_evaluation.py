@@ -39,7 +39,7 @@ def test_a_trace_knows_which_level_lost_the_target(width, monkeypatch):
     histories = [rng.integers(0, len(CODES), rng.integers(0, 5)) for _ in range(10)]
     targets = rng.integers(0, len(CODES), 10)
     trace = evaluation.PrefixTrace(model.trie(), torch.from_numpy(CODES[targets]))
-    items = evaluation.rank(model, model.trie(), histories, k=1, width=width, trace=trace)
+    items = evaluation.rank(model, model.trie(), histories, k=1, width=width, trace=trace).items
     assert trace.kept.shape == (10, 3)
     for user, target in enumerate(targets):
         state = model.encode(model.pad([histories[user]]))

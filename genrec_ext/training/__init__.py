@@ -6,6 +6,7 @@ line imports it.
 
 from . import settings
 from .bilevel import BilevelConfig, BilevelTrainer
+from .compare import compare_runs
 from .config import TrainConfig
 from .evaluation import DecodeClock
 from .loop import summary, train
@@ -22,6 +23,7 @@ __all__ = [
     "SFTTrainer",
     "SageTrainer",
     "TrainConfig",
+    "compare_runs",
     "evaluate",
     "recommend",
     "settings",

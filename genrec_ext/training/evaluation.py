@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from ..data import Split
 from ..decode import BeamResult, beam_search
 from ..models import CompactRecommender
 from ..trie import Trie
+
+KS = (5, 10, 20)
+"""Cut-offs of recall, NDCG, MRR and hit rate, as far as a ranking goes."""
+
+LENGTH = 10
+"""Cut-off of all other figures."""
 
 WIDTH = 50
 """Beams of an evaluation; on amazon14-office, 200 beams changed Recall@10 by less than .0005."""
@@ -135,30 +141,45 @@ def decode(
         model.train(was_training)
 
 
+class Ranking(NamedTuple):
+    """What a model recommends.
+
+    Attributes:
+        items: int64 ``[U, k]``, best first; -1 where the catalogue has fewer.
+        scores: float32 ``[U, k]``, log-probabilities of their semantic IDs; -inf where none.
+        kept: float64 ``[U, L]``, of a :class:`PrefixTrace`; None where none was asked for.
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    kept: np.ndarray | None = None
+
+
 def rank(
     model: CompactRecommender,
     trie: Trie,
     histories: Sequence[np.ndarray],
-    k: int = 10,
+    k: int = LENGTH,
     width: int = WIDTH,
     clock: DecodeClock | None = None,
     trace: PrefixTrace | None = None,
-) -> np.ndarray:
-    """The best k items of each history among the whole catalogue, int64 ``[U, k]``, best first.
+) -> Ranking:
+    """The best k items of each history among the whole catalogue.
 
     Items of the history may be recommended again.  Of items that share a semantic ID, the first
-    stands for all; the figures give credit accordingly.  -1 where the catalogue has fewer items.
-    ``clock`` is told how long it took, ``trace`` where each level left the beams.
+    stands for all; the figures give credit accordingly.  ``clock`` is told how long it took,
+    ``trace`` where each level left the beams.
     """
     width = max(k, width)
-    rows = [
+    found = [
         decode(model, trie, histories[start : start + USERS], width, clock=clock, trace=trace)
-        .items[:, :k]
-        .cpu()
-        .numpy()
         for start in range(0, len(histories), USERS)
     ]
-    return np.concatenate(rows)
+    return Ranking(
+        np.concatenate([part.items[:, :k].cpu().numpy() for part in found]),
+        np.concatenate([part.scores[:, :k].cpu().numpy() for part in found]),
+        None if trace is None else trace.kept,
+    )
 
 
 def collision_groups(codes: np.ndarray) -> np.ndarray | None:
@@ -172,31 +193,55 @@ def figures(
     targets: np.ndarray,
     split: Split,
     group: np.ndarray | None,
-    kept: np.ndarray | None = None,
+    *,
+    scores: np.ndarray | None = None,
+    codes: np.ndarray | None = None,
+    histories: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Every metric of a ranking; see :func:`genrec_ext.metrics.evaluate_rankings`.
-
-    Of ``kept``, a :class:`PrefixTrace`'s, come ``prefix_survival``, the share of users whose
-    target's first 1 .. L codes were among the beams, and ``pruned``, what each level lost of it.
+    """Every metric of a ranking ``items [U, K]`` with K of ``LENGTH`` or more; see
+    :func:`genrec_ext.metrics.evaluate_rankings`, which has some of them only where ``scores``,
+    ``codes`` or ``histories`` are given.
     """
-    result = metrics.evaluate_rankings(
+    return metrics.evaluate_rankings(
         items,
         targets,
         num_items=split.num_items,
         train_counts=split.train_counts(),
+        ks=[k for k in KS if k <= items.shape[1]],
+        length=LENGTH,
         group=group,
+        scores=scores,
+        codes=codes,
+        histories=histories,
     )
-    if kept is None:
-        return result
-    survival = kept.mean(0)
-    pruned = -np.diff(survival, prepend=1.0)
-    return {**result, "prefix_survival": survival.tolist(), "pruned": pruned.tolist()}
 
 
 def rank_test(
     model: CompactRecommender, trie: Trie, split: Split, clock: DecodeClock | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Ranking:
     """The ranking of the test users' items, and what the beams kept of their targets' prefixes."""
     trace = PrefixTrace(trie, model.codes[torch.from_numpy(split.test_targets)])
-    items = rank(model, trie, split.test_histories(), clock=clock, trace=trace)
-    return items, trace.kept
+    return rank(model, trie, split.test_histories(), k=KS[-1], clock=clock, trace=trace)
+
+
+def test_figures(ranking: Ranking, split: Split, codes: np.ndarray) -> dict[str, Any]:
+    """Every metric of :func:`rank_test`'s ranking, by a model with these semantic IDs.
+
+    With them come ``prefix_survival``, the share of users whose target's first 1 .. L codes were
+    among the beams, and ``pruned``, what each level lost of it.
+    """
+    assert ranking.kept is not None
+    survival = ranking.kept.mean(0)
+    return {
+        **figures(
+            ranking.items,
+            split.test_targets,
+            split,
+            collision_groups(codes),
+            scores=ranking.scores,
+            codes=codes,
+            histories=split.test_histories(),
+        ),
+        "prefix_survival": survival.tolist(),
+        "pruned": (-np.diff(survival, prepend=1.0)).tolist(),
+    }

@@ -29,6 +29,7 @@ from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
 from .config import TrainConfig
 from .identifiers import first_ids
+from .per_user import PerUser
 from .rl import SageTrainer
 from .sft import NonFiniteLossError, SFTTrainer
 
@@ -47,8 +48,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
     Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``,
-    ``report.html`` and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the
-    content of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
+    ``report.html``, ``test_users.npz`` (what :mod:`genrec_ext.training.per_user` says of each test
+    user) and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the content
+    of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
     ``valid`` and ``test`` figures, steps, seconds; for sft and bilevel also ``padding``, the mean
     over epochs of the share of padded positions; for bilevel ``codes``, see
     ``genrec_ext.training.bilevel``), ``ids`` (what :func:`genrec_ext.sid_report` says of the kept
@@ -107,8 +109,7 @@ class _Training:
         self.earlier = 0.0  # seconds of the runs that this one resumes
         self.saved = 0.0
         self.validation_seconds = 0.0  # the longest so far
-        # The kept model's test ranking, and what its beams kept of the targets' prefixes.
-        self.ranked: tuple[np.ndarray, np.ndarray] | None = None
+        self.ranked: evaluation.Ranking | None = None  # of the test users, by the kept model
 
     # ---- what a run starts from ----
 
@@ -117,7 +118,11 @@ class _Training:
             catalogue = generate(self.config.seed)
             split = leave_one_out(catalogue.data)
             self.best_possible = evaluation.figures(
-                catalogue.best_items(10), split.test_targets, split, None
+                catalogue.best_items(evaluation.KS[-1]),
+                split.test_targets,
+                split,
+                None,
+                histories=split.test_histories(),
             )
             return catalogue.data
         return run_module.open_data(self.source)
@@ -240,13 +245,13 @@ class _Training:
     def validate(self, stage: str, step: int) -> bool:
         """Validates, keeps the state if it is the best so far, and says so."""
         began = time.monotonic()
-        items = evaluation.rank(
+        found = evaluation.rank(
             self.model,
             self.trie,
             self.split.valid_histories(),
             width=evaluation.VALIDATION_WIDTH,
         )
-        figures = evaluation.figures(items, self.split.valid_targets, self.split, self.group)
+        figures = evaluation.figures(found.items, self.split.valid_targets, self.split, self.group)
         self.validation_seconds = max(self.validation_seconds, time.monotonic() - began)
         self.note(stage=stage, step=step, valid=figures)
         better = self.best is None or figures[METRIC] > self.best["valid"][METRIC]
@@ -271,16 +276,16 @@ class _Training:
             self.ranked = self.rank_test()
         self.stages[stage] = {
             "valid": self.best["valid"],
-            "test": evaluation.figures(
-                self.ranked[0], self.split.test_targets, self.split, self.group, self.ranked[1]
+            "test": evaluation.test_figures(
+                self.ranked, self.split, self.model.codes.cpu().numpy()
             ),
             "steps": steps,
             "seconds": round(seconds, 2),
             "kept": {"stage": self.best["stage"], "step": self.best["step"]},
         }
 
-    def rank_test(self) -> tuple[np.ndarray, np.ndarray]:
-        """The model's ranking for the test users, and the prefixes kept."""
+    def rank_test(self) -> evaluation.Ranking:
+        """The model's ranking for the test users."""
         return evaluation.rank_test(self.model, self.trie, self.split)
 
     # ---- the stages ----
@@ -436,10 +441,12 @@ class _Training:
         histories = self.split.test_histories()
         return {
             name: evaluation.figures(
-                baseline(self.split.train, histories, self.data.num_items, 10),
+                baseline(self.split.train, histories, self.data.num_items, evaluation.KS[-1]),
                 self.split.test_targets,
                 self.split,
                 None,
+                codes=self.model.codes.cpu().numpy(),
+                histories=histories,
             )
             for name, baseline in (
                 ("popularity", baselines.popularity),
@@ -474,7 +481,9 @@ class _Training:
             "threads": torch.get_num_threads(),
         }
         histories = self.split.test_histories()
-        items, _ = self.rank_test() if self.ranked is None else self.ranked
+        ranking = self.rank_test() if self.ranked is None else self.ranked
+        PerUser.of(ranking, self.data, self.split, self.group).save(self.folder)
+        items = ranking.items[:, : evaluation.LENGTH]
         report.write(
             self.folder / "report.html",
             metrics,

@@ -145,13 +145,13 @@ def _image(figure: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure without a display and without pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for ax in np.atleast_1d(axes):
+    axes = figure.subplots(rows, columns)
+    for ax in np.ravel(axes):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
     return figure, axes
@@ -160,7 +160,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 def _curves(log: Sequence[dict[str, Any]]) -> str:
     """The losses of the stages that ran, one beside the other, and validation over all."""
     stages = list(dict.fromkeys(line["stage"] for line in log))
-    figure, axes = _figure(4 * (len(stages) + 1), 3.6, len(stages) + 1)
+    figure, axes = canvas(4 * (len(stages) + 1), 3.6, len(stages) + 1)
     for ax, stage in zip(axes[:-1], stages, strict=True):
         color = STAGE_COLORS[stage]
         mine = [line for line in log if line["stage"] == stage]
@@ -182,7 +182,7 @@ def _codes(metrics: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
     """Churn, what became of the codebooks, and which tensors the two losses disagree on."""
     updates = [line["codes"] for line in log if "codes" in line]
     steps = [update["step"] for update in updates]
-    figure, axes = _figure(13, 3.6, 3)
+    figure, axes = canvas(13, 3.6, 3)
     axes[0].plot(steps, [update["churn"] for update in updates], color=BLUE, marker="o", ms=3)
     axes[0].set(xlabel="step", title="items whose codes an update changed", ylim=(0, None))
     for level, color in zip(range(len(updates[0]["entropy_bits"])), (BLUE, ORANGE, GREEN, GREY)):
@@ -202,7 +202,7 @@ def _codes(metrics: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
 
 def _bars(metrics: dict[str, Any]) -> str:
     rows = rows_of(metrics)
-    figure, ax = _figure(11, 0.6 + 0.55 * len(rows))
+    figure, ax = canvas(11, 0.6 + 0.55 * len(rows))
     place = np.arange(len(rows))[::-1]
     for offset, column, color in ((0.2, "recall@10", BLUE), (-0.2, "ndcg@10", GREEN)):
         values = [row.get(column) or 0.0 for _, row in rows]
@@ -215,7 +215,7 @@ def _bars(metrics: dict[str, Any]) -> str:
 
 
 def _survival(metrics: dict[str, Any]) -> str:
-    figure, axes = _figure(11, 3.6, 2)
+    figure, axes = canvas(11, 3.6, 2)
     stages = metrics["stages"].items()
     for place, (name, stage) in enumerate(stages):
         color = STAGE_COLORS[name]
@@ -235,7 +235,7 @@ def _survival(metrics: dict[str, Any]) -> str:
 
 def _popularity(recommended: np.ndarray, train_counts: np.ndarray, targets: np.ndarray) -> str:
     order = np.argsort(-train_counts, kind="stable")
-    figure, ax = _figure(11, 3.6)
+    figure, ax = canvas(11, 3.6)
     share = np.arange(1, len(order) + 1) / len(order)
     shown = recommended[recommended >= 0]
     for label, items, color in (

@@ -122,9 +122,8 @@ def evaluate(
             f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
         )
     split = split_data(found, source)
-    items, kept = evaluation.rank_test(run.model, run.trie, split, clock)
-    group = evaluation.collision_groups(run.model.codes.cpu().numpy())
-    return evaluation.figures(items, split.test_targets, split, group, kept)
+    ranking = evaluation.rank_test(run.model, run.trie, split, clock)
+    return evaluation.test_figures(ranking, split, run.model.codes.cpu().numpy())
 
 
 def recommend(
