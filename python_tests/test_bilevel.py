@@ -259,6 +259,37 @@ def test_the_gradient_of_soft_codes_is_that_of_the_mixture():
     assert found[0][0][:, 0].any() and found[0][0][:, 1].any()
 
 
+def test_soft_codes_reach_the_history_and_the_codes_before_the_next():
+    trained = trainer(model={"dropout": 0.0})
+    model = trained.model.double().eval()
+    batch = trained._batch(np.arange(6))
+    soft = soft_of(trained, batch, torch.float64)
+    leaf = soft.probabilities.detach().requires_grad_()
+
+    def mixed(level, table):
+        mixture = leaf[:, level] @ table.weight
+        return table(soft.codes[:, level]).detach() + mixture - mixture.detach()
+
+    g = torch.Generator().manual_seed(1)
+    state = torch.randn(len(soft.items), 8, generator=g, dtype=torch.float64)
+    widest = max(model.level_sizes)
+    with model.soft_codes(SoftCodes(soft.items, soft.codes, leaf)):
+        written, _ = model.item_rows(state, soft.items)
+        read = model.states(soft.items[:3].unsqueeze(0))
+    rows = [
+        layer(state, [mixed(at, table) for at, table in enumerate(layer.prefix)])
+        for layer in model.depth
+    ]
+    definition = torch.stack([F.pad(row, (0, widest - row.shape[1])) for row in rows], 1)
+    torch.testing.assert_close(written, definition)
+    weight = torch.randn(written.shape, generator=g, dtype=torch.float64)
+    got, want = (torch.autograd.grad((weight * x).sum(), leaf)[0] for x in (written, definition))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert got.any(2).all()  # of every item, both levels
+    (got,) = torch.autograd.grad((read * state[:3]).sum(), leaf)
+    assert got[:3].any(2).all() and not got[3:].any()
+
+
 def test_new_codes_are_decoded_exactly_and_survive_a_copy_and_a_file():
     model, *_ = problem()
     model.eval()
