@@ -18,10 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, machine, table
-from study import K, Line, Results, cell, interval, measure, read, seeds_of, stacked, write
+from common import RESULTS, table
+from study import (
+    Found,
+    K,
+    Line,
+    Results,
+    cell,
+    differences,
+    found_of,
+    interval,
+    measure,
+    picture,
+    read,
+    stacked,
+    write,
+    write_text,
+)
 
-from genrec_ext.training import BilevelConfig, SFTConfig, TrainConfig, evaluation
+from genrec_ext.training import BilevelConfig, SFTConfig, TrainConfig
 
 BASE = "fixed"
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -79,7 +94,7 @@ def sweep(arguments: argparse.Namespace, path: Path) -> None:
 
 def tables(results: Results, data: str) -> list[str]:
     """A data set's tables in Markdown."""
-    found = {m: seeds_of(results, data, m) for m in METHODS if seeds_of(results, data, m)}
+    found = found_of(results, data, METHODS)
     one = next(iter(next(iter(found.values())).values()))
     text = [
         f"## {data}",
@@ -105,72 +120,29 @@ def tables(results: Results, data: str) -> list[str]:
         )
     head = ["method", "seeds", f"Recall@{K}", f"NDCG@{K}", "entropy by level, bits"]
     text += table([*head, "collisions before the suffix", "churn an update"], rows)
-    if BASE in found and len(found) > 1:
-        rows = []
-        for method, lines in found.items():
-            if method != BASE and set(lines) & set(found[BASE]):
-                differences = [
-                    cell(interval(stacked(lines, metric, found[BASE])), True)
-                    for metric in ("recall", "ndcg")
-                ]
-                rows.append([method, *differences])
-        text += [f"Difference from {BASE}, by seed and user:", ""]
-        text += table(["method", f"Recall@{K}", f"NDCG@{K}"], rows)
+    text += differences(found, BASE)
     return text
 
 
-def picture(results: Results, names: list[str], path: Path) -> None:
-    """A row a data set: both metrics with their intervals, and how often gradients conflict."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 0.6 + 3.4 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), 3, squeeze=False)
-    for axes, name in zip(grid, names, strict=True):
-        found = {m: seeds_of(results, name, m) for m in METHODS if seeds_of(results, name, m)}
-        for ax, metric in zip(axes, ("recall", "ndcg")):
-            for y, lines in enumerate(found.values()):
-                values = stacked(lines, metric)
-                mean, low, high = interval(values)
-                ax.plot([low, high], [y, y], color="#3366aa", lw=2)
-                ax.plot(mean, y, "o", color="#3366aa")
-                ax.plot(values.mean(1), [y + 0.25] * len(values), ".", color="#dd7722")
-            ax.set_yticks(range(len(found)), list(found))
-            ax.set(title=f"{name}, {metric}@{K}")
-            ax.invert_yaxis()
-        conflicts: dict[str, list[float]] = {}
-        for lines in found.values():
-            for line in lines.values():
-                for tensor, share in line["conflicts"].items():
-                    conflicts.setdefault(tensor, []).append(share)
-        axes[2].barh(range(len(conflicts)), [np.mean(x) for x in conflicts.values()])
-        axes[2].set_yticks(range(len(conflicts)), list(conflicts))
-        axes[2].set(title="share of updates in conflict, all BLOGER runs", xlim=(0, 1))
-        axes[2].invert_yaxis()
-        for ax in axes:
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(axis="x", alpha=0.3)
-    figure.supxlabel("bars: 95% bootstrap over users and seeds; small dots: seeds", fontsize=9)
-    figure.savefig(path, dpi=100)
+def draw_conflicts(ax: Any, found: Found) -> None:
+    """How often the two gradients of a tensor were in conflict, a mean over all runs."""
+    conflicts: dict[str, list[float]] = {}
+    for lines in found.values():
+        for line in lines.values():
+            for tensor, share in line["conflicts"].items():
+                conflicts.setdefault(tensor, []).append(share)
+    ax.barh(range(len(conflicts)), [np.mean(x) for x in conflicts.values()])
+    ax.set_yticks(range(len(conflicts)), list(conflicts))
+    ax.set(title="share of updates in conflict, all BLOGER runs", xlim=(0, 1))
+    ax.invert_yaxis()
 
 
 def report(path: Path) -> None:
-    """Writes bilevel.md and .png from all runs in bilevel.json."""
-    results = read(path)
-    names = list(dict.fromkeys(data for data, _, _ in results))
-    facts = machine()
-    text = [
-        "# Tokenizer and recommender together, side by side",
-        "",
-        f"`python bench/bilevel_study.py --data ...` on {facts['cpu']}, {facts['threads']} "
-        f"threads, {facts['instruction_set']}, torch {facts['torch']}. Test, mean and 95% "
-        "bootstrap interval over users and seeds. Bold: the interval of a difference leaves out 0. "
-        f"Beams: {evaluation.WIDTH}. docs/bloger.md says what the methods are.",
-        "",
-        *(part for name in names for part in tables(results, name)),
-    ]
-    path.with_suffix(".md").write_text("\n".join(text))
-    picture(results, names, path.with_suffix(".png"))
-    print("\n".join(text))
+    """Writes the table and the picture of all runs so far."""
+    command = "python bench/bilevel_study.py --data ..."
+    note = "docs/bloger.md says what the methods are."
+    write_text(path, "Tokenizer and recommender together, side by side", command, note, tables)
+    picture(read(path), METHODS, path.with_suffix(".png"), draw_conflicts)
 
 
 def main() -> None:

@@ -21,11 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, machine, table
-from study import K, Line, Results, cell, interval, measure, read, seeds_of, stacked, write
+from common import RESULTS, table
+from study import (
+    Found,
+    K,
+    Line,
+    Results,
+    cell,
+    differences,
+    found_of,
+    interval,
+    measure,
+    picture,
+    read,
+    stacked,
+    write,
+    write_text,
+)
 
 from genrec_ext.models import CompactConfig
-from genrec_ext.training import SFTConfig, TrainConfig, evaluation
+from genrec_ext.training import SFTConfig, TrainConfig
 
 BASE = "CE"
 Setting = tuple[SFTConfig, CompactConfig]
@@ -85,7 +100,7 @@ def sweep(arguments: argparse.Namespace, path: Path) -> None:
 
 def tables(results: Results, data: str) -> list[str]:
     """A data set's tables in Markdown."""
-    found = {m: seeds_of(results, data, m) for m in METHODS if seeds_of(results, data, m)}
+    found = found_of(results, data, METHODS)
     one = next(iter(next(iter(found.values())).values()))
     text = [
         f"## {data}",
@@ -109,17 +124,7 @@ def tables(results: Results, data: str) -> list[str]:
     text += table(
         ["method", "seeds", f"Recall@{K}", f"NDCG@{K}", f"coverage@{K}", "training, s"], rows
     )
-    if BASE in found and len(found) > 1:
-        rows = []
-        for method, lines in found.items():
-            if method != BASE and set(lines) & set(found[BASE]):
-                differences = [
-                    cell(interval(stacked(lines, metric, found[BASE])), True)
-                    for metric in ("recall", "ndcg")
-                ]
-                rows.append([method, *differences])
-        text += [f"Difference from {BASE}, by seed and user:", ""]
-        text += table(["method", f"Recall@{K}", f"NDCG@{K}"], rows)
+    text += differences(found, BASE)
     levels = range(1, len(one["survival"]) + 1)
     text += ["Share of targets that each level of the search pruned, and that were left:", ""]
     text += table(
@@ -141,66 +146,31 @@ def pruned(lines: dict[int, Line]) -> np.ndarray:
 COLORS = ("#3366aa", "#dd7722", "#448844", "#aa3377", "#999999", "#ccbb44", "#66ccee", "#222222")
 
 
-def picture(results: Results, names: list[str], path: Path) -> None:
-    """A row a data set: both metrics with their intervals, and what each level pruned."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 0.6 + 3.4 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), 3, squeeze=False)
-    for place, name in enumerate(names):
-        found = {m: seeds_of(results, name, m) for m in METHODS if seeds_of(results, name, m)}
-        titles = {"recall": "Recall", "ndcg": "NDCG"}
-        for ax, (metric, title) in zip(grid[place][:2], titles.items()):
-            for y, lines in enumerate(found.values()):
-                values = stacked(lines, metric)
-                mean, low, high = interval(values)
-                ax.plot([low, high], [y, y], color=COLORS[0], lw=2)
-                ax.plot(mean, y, "o", color=COLORS[0])
-                ax.plot(values.mean(1), [y + 0.25] * len(values), ".", color=COLORS[1], alpha=0.7)
-            ax.set_yticks(range(len(found)), list(found))
-            ax.set(title=f"{name}, {title}@{K}")
-            ax.invert_yaxis()
-        ax = grid[place][2]
-        left = np.zeros(len(found))
-        parts = np.stack([pruned(lines) for lines in found.values()])
-        for level in range(parts.shape[1]):
-            ax.barh(
-                range(len(found)),
-                parts[:, level],
-                left=left,
-                color=COLORS[level % len(COLORS)],
-                label=f"level {level + 1}",
-            )
-            left += parts[:, level]
-        ax.set_yticks(range(len(found)), list(found))
-        ax.invert_yaxis()
-        ax.set(title="targets pruned by each level", xlim=(0, 1))
-        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        for ax in grid[place]:
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(axis="x", alpha=0.3)
-    figure.supxlabel("bars: 95% bootstrap over users and seeds; small dots: seeds", fontsize=9)
-    figure.savefig(path, dpi=100)
+def draw_pruned(ax: Any, found: Found) -> None:
+    """What each level of the search pruned, one beside the other."""
+    left = np.zeros(len(found))
+    parts = np.stack([pruned(lines) for lines in found.values()])
+    for level in range(parts.shape[1]):
+        ax.barh(
+            range(len(found)),
+            parts[:, level],
+            left=left,
+            color=COLORS[level % len(COLORS)],
+            label=f"level {level + 1}",
+        )
+        left += parts[:, level]
+    ax.set_yticks(range(len(found)), list(found))
+    ax.invert_yaxis()
+    ax.set(title="targets pruned by each level", xlim=(0, 1))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def report(path: Path) -> None:
-    """Writes objectives.md and .png from all runs in objectives.json."""
-    results = read(path)
-    names = list(dict.fromkeys(data for data, _, _ in results))
-    facts = machine()
-    text = [
-        "# Objectives of supervised training, side by side",
-        "",
-        f"`python bench/objective_study.py --data ...` on {facts['cpu']}, {facts['threads']} "
-        f"threads, {facts['instruction_set']}, torch {facts['torch']}. Test, mean and 95% "
-        "bootstrap interval over users and seeds. Bold: the interval of a difference leaves out 0. "
-        f"Beams: {evaluation.WIDTH}. docs/objectives.md says what the objectives are.",
-        "",
-        *(part for name in names for part in tables(results, name)),
-    ]
-    path.with_suffix(".md").write_text("\n".join(text))
-    picture(results, names, path.with_suffix(".png"))
-    print("\n".join(text))
+    """Writes the table and the picture of all runs so far."""
+    command = "python bench/objective_study.py --data ..."
+    note = "docs/objectives.md says what the objectives are."
+    write_text(path, "Objectives of supervised training, side by side", command, note, tables)
+    picture(read(path), METHODS, path.with_suffix(".png"), draw_pruned)
 
 
 def main() -> None:

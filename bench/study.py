@@ -7,16 +7,19 @@ target was found; so methods are compared user by user.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
+from common import machine, table
 
 from genrec_ext import metrics
 from genrec_ext.training import TrainConfig, evaluation, run, train
 
 K = 10
+METRICS = {"recall": "Recall", "ndcg": "NDCG"}
+BLUE, ORANGE = "#3366aa", "#dd7722"
 Line = dict[str, Any]
 Results = dict[tuple[str, str, int], Line]
 """(data, method, seed) -> the figures of that run."""
@@ -101,3 +104,83 @@ def cell(found: tuple[float, float, float], difference: bool = False) -> str:
     mean, low, high = found
     text = f"{mean:{'+' if difference else ''}.4f} [{low:.4f}, {high:.4f}]"
     return f"**{text}**" if difference and (low > 0 or high < 0) else text
+
+
+# ---- tables and pictures ----
+
+Found = dict[str, dict[int, Line]]
+"""method -> seed -> the figures of that run."""
+
+
+def differences(found: Found, base: str) -> list[str]:
+    """A Markdown table of what each method has more than the base, by seed and user."""
+    if base not in found or len(found) < 2:
+        return []
+    rows = [
+        [m, *(cell(interval(stacked(lines, metric, found[base])), True) for metric in METRICS)]
+        for m, lines in found.items()
+        if m != base and set(lines) & set(found[base])
+    ]
+    head = ["method", *(f"{title}@{K}" for title in METRICS.values())]
+    return [f"Difference from {base}, by seed and user:", "", *table(head, rows)]
+
+
+def intervals(ax: Any, found: Found, metric: str, title: str) -> None:
+    """A line a method: mean and interval, and beside them each seed's mean."""
+    for y, lines in enumerate(found.values()):
+        values = stacked(lines, metric)
+        mean, low, high = interval(values)
+        ax.plot([low, high], [y, y], color=BLUE, lw=2)
+        ax.plot(mean, y, "o", color=BLUE)
+        ax.plot(values.mean(1), [y + 0.25] * len(values), ".", color=ORANGE, alpha=0.7)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set(title=title)
+    ax.invert_yaxis()
+
+
+def picture(
+    results: Results,
+    methods: Iterable[str],
+    path: Path,
+    third: Callable[[Any, Found], None],
+) -> None:
+    """A row a data set: both metrics with their intervals, and what `third` draws."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(data for data, _, _ in results))
+    figure = Figure(figsize=(15, 0.6 + 3.4 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
+        found = found_of(results, name, methods)
+        for ax, (metric, title) in zip(axes, METRICS.items()):
+            intervals(ax, found, metric, f"{name}, {title}@{K}")
+        third(axes[2], found)
+        for ax in axes:
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="x", alpha=0.3)
+    figure.supxlabel("bars: 95% bootstrap over users and seeds; small dots: seeds", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def found_of(results: Results, data: str, methods: Iterable[str]) -> Found:
+    """A data set's runs, in the order of the methods."""
+    return {m: seeds_of(results, data, m) for m in methods if seeds_of(results, data, m)}
+
+
+def write_text(
+    path: Path, title: str, command: str, note: str, tables: Callable[[Results, str], list[str]]
+) -> None:
+    """Writes the .md beside a study's .json, and prints it."""
+    results, facts = read(path), machine()
+    text = [
+        f"# {title}",
+        "",
+        f"`{command}` on {facts['cpu']}, {facts['threads']} threads, "
+        f"{facts['instruction_set']}, torch {facts['torch']}. Test, mean and 95% bootstrap "
+        "interval over users and seeds. Bold: the interval of a difference leaves out 0. "
+        f"Beams: {evaluation.WIDTH}. {note}",
+        "",
+    ]
+    for name in dict.fromkeys(data for data, _, _ in results):
+        text += tables(results, name)
+    path.with_suffix(".md").write_text("\n".join(text))
+    print("\n".join(text))
