@@ -28,15 +28,14 @@ from study import (
     differences,
     found_of,
     interval,
-    measure,
     picture,
     read,
     stacked,
-    write,
+    sweep,
     write_text,
 )
 
-from genrec_ext.training import BilevelConfig, SFTConfig, TrainConfig
+from genrec_ext.training import BilevelConfig, SFTConfig
 
 BASE = "fixed"
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -50,46 +49,27 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def sweep(arguments: argparse.Namespace, path: Path) -> None:
-    """All runs of one data set; each is written down as soon as it is finished."""
-    name = arguments.data.name
-    for seed in range(arguments.seeds):
-        for method in arguments.methods:
-            changes = METHODS[method]
-            stage = "sft" if changes is None else "bilevel"
-            config = TrainConfig(
-                out=arguments.work / name / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}",
-                data=arguments.data,
-                epochs=arguments.epochs,
-                seed=seed,
-                device=arguments.device,
-                stages=(stage,),
-                tokenizer="rqvae",
-                rqvae={"epochs": arguments.tokenizer_epochs},
-                patience=10**9,  # equal numbers of steps: no run ends early
-                bilevel=BilevelConfig(**(changes or {})),
-                resume=True,
-            )
-            content = config.as_json()
-            told = {key: content[key] for key in ("sft", "model", "rqvae", "bilevel", "epochs")}
-            results = read(path)
-            if results.get((name, method, seed), {}).get("settings") == told:
-                continue
-            figures, run = measure(config, stage)
-            codes = run["stages"][stage].get("codes", {})
-            L = len(run["ids"]["codes_used"]) - 1
-            line: Line = {"data": name, "method": method, "seed": seed, "settings": told}
-            line |= figures
-            line |= {
-                # Of the learned levels; the fixed tokenizer's are those it began with.
-                "entropy": codes.get("entropy_bits", run["ids"]["entropy_bits"][:L]),
-                "churn": codes.get("churn", 0.0),
-                "conflicts": codes.get("conflicts", {}),
-                "collision_rate": codes.get("collision_rate"),
-            }
-            results[name, method, seed] = line
-            write(path, results)
-            print(name, method, seed, line["valid"], line["seconds"], "s", flush=True)
+def configure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    changes = METHODS[method]
+    return {
+        "epochs": arguments.epochs,
+        "stages": ("sft" if changes is None else "bilevel",),
+        "tokenizer": "rqvae",
+        "rqvae": {"epochs": arguments.tokenizer_epochs},
+        "bilevel": BilevelConfig(**(changes or {})),
+    }
+
+
+def of_codes(run: dict[str, Any]) -> Line:
+    """What became of the learned codes; the fixed tokenizer's are those it began with."""
+    (stage,) = run["stages"].values()
+    codes = stage.get("codes", {})
+    return {
+        "entropy": codes.get("entropy_bits", run["ids"]["entropy_bits"][:-1]),
+        "churn": codes.get("churn", 0.0),
+        "conflicts": codes.get("conflicts", {}),
+        "collision_rate": codes.get("collision_rate"),
+    }
 
 
 def tables(results: Results, data: str) -> list[str]:
@@ -156,7 +136,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/bilevel-study"))
     parser.add_argument("--out", type=Path, default=RESULTS / "bilevel.json")
     arguments = parser.parse_args()
-    sweep(arguments, arguments.out)
+    sweep(arguments, configure, ("sft", "model", "rqvae", "bilevel", "epochs"), of_codes)
     report(arguments.out)
 
 

@@ -31,16 +31,15 @@ from study import (
     differences,
     found_of,
     interval,
-    measure,
     picture,
     read,
     stacked,
-    write,
+    sweep,
     write_text,
 )
 
 from genrec_ext.models import CompactConfig
-from genrec_ext.training import SFTConfig, TrainConfig
+from genrec_ext.training import SFTConfig
 
 BASE = "CE"
 Setting = tuple[SFTConfig, CompactConfig]
@@ -64,35 +63,10 @@ METHODS: dict[str, Setting] = {
 # ---- running ----
 
 
-def sweep(arguments: argparse.Namespace, path: Path) -> None:
-    """All runs of one data set; each is written down as soon as it is finished."""
-    name = arguments.data.name
-    for seed in range(arguments.seeds):
-        for method in arguments.methods:
-            sft, model = METHODS[method]
-            config = TrainConfig(
-                out=arguments.work / name / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}",
-                data=arguments.data,
-                index=arguments.index,
-                seed=seed,
-                device=arguments.device,
-                stages=("sft",),
-                patience=10**9,  # equal numbers of steps: no run ends early
-                sft=dataclasses.replace(sft, epochs=arguments.epochs),
-                model=model,
-                resume=True,
-            )
-            content = config.as_json()
-            told = {key: content[key] for key in ("sft", "model", "index")}
-            results = read(path)
-            if results.get((name, method, seed), {}).get("settings") == told:
-                continue
-            line = {"data": name, "method": method, "seed": seed, "settings": told}
-            results[name, method, seed] = line | measure(config, "sft")[0]
-            write(path, results)
-            print(
-                name, method, seed, f"{line['data']}", results[name, method, seed]["seconds"], "s"
-            )
+def configure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    sft, model = METHODS[method]
+    sft = dataclasses.replace(sft, epochs=arguments.epochs)
+    return {"index": arguments.index, "stages": ("sft",), "sft": sft, "model": model}
 
 
 # ---- what is seen ----
@@ -184,7 +158,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/objective-study"))
     parser.add_argument("--out", type=Path, default=RESULTS / "objectives.json")
     arguments = parser.parse_args()
-    sweep(arguments, arguments.out)
+    sweep(arguments, configure, ("sft", "model", "index"))
     report(arguments.out)
 
 

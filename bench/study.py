@@ -6,6 +6,7 @@ target was found; so methods are compared user by user.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,6 +71,44 @@ def measure(config: TrainConfig, stage: str) -> tuple[Line, dict[str, Any]]:
         "survival": [round(float(x), 6) for x in ranking.kept.mean(0)],
     }
     return line, told
+
+
+def sweep(
+    arguments: argparse.Namespace,
+    configure: Callable[[argparse.Namespace, str], dict[str, Any]],
+    settings: tuple[str, ...],
+    more: Callable[[dict[str, Any]], Line] = lambda told: {},
+) -> None:
+    """All runs of one data set; each is written down as soon as it is finished.
+
+    Args:
+        arguments: the study's: data, seeds, methods, device, work and out.
+        configure: a method's fields of :class:`TrainConfig`.
+        settings: the fields that, if they change, make a kept run stale.
+        more: figures of a method beside those of :func:`measure`, from the run's metrics.
+    """
+    name = arguments.data.name
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            config = TrainConfig(
+                out=arguments.work / name / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}",
+                data=arguments.data,
+                seed=seed,
+                device=arguments.device,
+                patience=10**9,  # equal numbers of steps: no run ends early
+                resume=True,
+                **configure(arguments, method),
+            )
+            content = config.as_json()
+            told = {key: content[key] for key in settings}
+            results = read(arguments.out)
+            if results.get((name, method, seed), {}).get("settings") == told:
+                continue
+            figures, run = measure(config, config.stages[-1])
+            line: Line = {"data": name, "method": method, "seed": seed, "settings": told}
+            results[name, method, seed] = line | figures | more(run)
+            write(arguments.out, results)
+            print(name, method, seed, figures["valid"], figures["seconds"], "s", flush=True)
 
 
 # ---- what is seen ----

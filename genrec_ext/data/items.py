@@ -7,14 +7,14 @@ a file that is not what it should be is a `DataError` that says where.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from genrec_ext.tensor_file import replacing
 
 from .interactions import DataError
 from .readers import MAX_CODE, is_item_id, read_items, text_of
@@ -198,13 +198,5 @@ def write_index(path: str | Path, ids: Sequence[str], codes: np.ndarray) -> None
         item: [f"<{letter}_{code}>" for letter, code in zip(_LETTERS, row)]
         for item, row in zip(ids, codes.tolist())
     }
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(target) as file:
+        file.write(json.dumps(table).encode())

@@ -242,6 +242,7 @@ class BilevelTrainer(SFTTrainer):
         loss, parts = self.tokenizer.token_loss(self._x, self.paths, latents)
         token = gradients(loss, parameters)
         self._move(batch, rec, token)
+        self.refresh()
         self._note(parts, rec, token)
 
     def _some(self, batch: Batch) -> Batch:
@@ -295,7 +296,11 @@ class BilevelTrainer(SFTTrainer):
             raise NonFiniteLossError(
                 f"the tokenizer's gradient is not finite at {self.stage} step {self.step}", batch
             )
-        for parameter, gradient in zip(parameters, update, strict=True):
+        self._apply(update)
+
+    def _apply(self, update: list[Tensor]) -> None:
+        """A step of the tokenizer's optimiser along these gradients."""
+        for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
             parameter.grad = gradient
         self.token_optimizer.step()
 
@@ -305,8 +310,7 @@ class BilevelTrainer(SFTTrainer):
         rec: list[Tensor] | None = None,
         token: list[Tensor] | None = None,
     ) -> None:
-        """Gives out new IDs, and keeps what there is to see."""
-        self.refresh()
+        """Keeps what there is to see, once the items have their new IDs."""
         changed = (self.paths != self._noted).any(1)
         self._noted = self.paths.clone()
         said: dict[str, Any] = {"step": self.step, "churn": float(changed.float().mean())}
@@ -372,10 +376,7 @@ class BilevelTrainer(SFTTrainer):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at {self.stage} step {self.step}", batch
             )
-        update = gradients(loss, list(self.tokenizer.parameters()))
-        for parameter, gradient in zip(self.tokenizer.parameters(), update, strict=True):
-            parameter.grad = gradient
-        self.token_optimizer.step()
+        self._apply(gradients(loss, list(self.tokenizer.parameters())))
         self.refresh()  # the loss is of the nearest codewords, and a stop may come at any step
         self.step += 1
         if self.step % self.epoch_steps == 0:

@@ -49,6 +49,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def save_json(path: Path, content: Any) -> None:
     """JSON, replaced in one step."""
+    save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
+    """A text, replaced in one step."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from .config import TrainConfig
 
 
@@ -62,9 +63,7 @@ def save(path: Path, config: TrainConfig) -> None:
     """Writes a configuration for :func:`load`, in one step."""
     content = config.as_json()
     content["stages"] = list(config.stages)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_library("yaml").safe_dump(content, sort_keys=False))
-    partial.replace(path)
+    checkpoint.save_text(path, _library("yaml").safe_dump(content, sort_keys=False))
 
 
 def _library(name: str) -> Any:
