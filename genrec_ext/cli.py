@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bilevel.add_argument(
         "--updates-per-epoch", type=_positive(int), help="of the tokenizer (default: 1)"
+    )
+    train.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="under torchrun: every process holds the whole model, or a part of it (default: ddp)",
     )
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
@@ -229,7 +235,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
     options = given(
         *("data", "out", "index", "minutes", "epochs", "seed", "device", "stages", "tokenizer"),
-        "split",
+        *("split", "parallel"),
     )
     bilevel = given("joint", "order", "surgery", "updates_per_epoch")
     if bilevel.get("order", "fd") != "fd":
@@ -294,8 +300,10 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "train":
         config = training.settings.load(arguments.config, arguments.set, _options(arguments))
-        print(training.summary(training.train(config)))
-        print(f"\nopen {Path(config.out) / 'report.html'}")
+        found = training.train(config)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, once for all
+            print(training.summary(found))
+            print(f"\nopen {Path(config.out) / 'report.html'}")
     elif arguments.command == "evaluate":
         clock = training.DecodeClock()
         figures = training.evaluate(

@@ -139,9 +139,8 @@ class Killed(BaseException):
 def test_a_killed_run_resumes_to_the_same_bits(
     data_file, finished, tmp_path, monkeypatch, trainer, method, calls
 ):
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(loop, "_RL_VALIDATIONS", 4)
-    whole = training.train(settings(data_file, tmp_path / "whole"))
+    whole = training.train(settings(data_file, tmp_path / "whole", save_seconds=0.0))
     original, count = getattr(trainer, method), 0
 
     def dying(self, *arguments):
@@ -155,8 +154,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, method, dying)
         with pytest.raises(Killed):
-            training.train(settings(data_file, out))
-    assert (out / "checkpoint.pt").exists() and not (out / "metrics.json").exists()
+            training.train(settings(data_file, out, save_seconds=0.0))
+    assert list((out / "checkpoints").iterdir()) and not (out / "metrics.json").exists()
     resumed = training.train(settings(data_file, out, resume=True))
     assert resumed["test"] == whole["test"]
     a, b = (checkpoint.load(tmp_path / name / "model.pt")["model"] for name in ("whole", "killed"))
@@ -164,9 +163,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 def test_a_killed_run_keeps_its_prefix_weights(data_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
     sft = SFTConfig(objective="apao-pairwise", epochs=2, negatives=10, positions=8, eta=3.0)
-    config = {"epochs": None, "sft": sft, "stages": ("sft",)}
+    config = {"epochs": None, "sft": sft, "stages": ("sft",), "save_seconds": 0.0}
     whole = training.train(settings(data_file, tmp_path / "whole", **config))
     assert whole["config"]["sft"]["objective"] == "apao-pairwise"
     validate, count = loop._Training.validate, 0

@@ -22,6 +22,7 @@ from ..models import CompactRecommender, SoftCodes
 from ..ops import gradient_surgery, residual_quantize, resolve_collisions, sid_report, soft_assign
 from ..tokenizers import RQVAE
 from .alignment import Alignment
+from .distributed import ALONE, Processes
 from .identifiers import crowded, next_ids
 from .sft import Batch, NonFiniteLossError, SequenceLoss, SFTConfig, SFTTrainer
 
@@ -123,6 +124,7 @@ class BilevelTrainer(SFTTrainer):
         config: of the lower problem.
         bilevel: of the upper one.
         seed: of everything random.
+        processes: as in :class:`SFTTrainer`, "ddp" only; `users` of an upper update are of each.
 
     Raises:
         ValueError: the tokenizer's codes are not the model's, or its codebooks have no gradient.
@@ -143,14 +145,19 @@ class BilevelTrainer(SFTTrainer):
         config: SFTConfig,
         bilevel: BilevelConfig,
         seed: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
-        super().__init__(model, train, config, seed)
+        if processes.sharded:
+            raise ValueError(
+                f"parallel: {processes.parallel!r} with the stage bilevel; expected ddp"
+            )
+        self.bilevel = bilevel
+        super().__init__(model, train, config, seed, processes)
         if tokenizer.codebook != "gradient":
             raise ValueError(f'tokenizer: codebooks by {tokenizer.codebook!r}; expected "gradient"')
         # Before the move: rounding differs between devices, and with it a code now and then.
         if not torch.equal(tokenizer.encode(embeddings), self.paths.cpu()):
             raise ValueError("tokenizer: its codes of the embeddings are not the model's")
-        self.bilevel = bilevel
         self.tokenizer = tokenizer.to(self.device).train()
         if bilevel.epochs is not None:
             self.epochs = bilevel.epochs
@@ -169,7 +176,11 @@ class BilevelTrainer(SFTTrainer):
                 alignment = Alignment(model.config.width, tokenizer, self.temperature)
             self.alignment = alignment.to(self.device)
             self.optimizer.add_param_group({"params": list(self.alignment.parameters())})
-            self.sequence_loss = _Aligned(self)
+
+    def _sequence_loss(self, model: CompactRecommender) -> SequenceLoss:
+        if self.bilevel.joint == "alternating":
+            return _Aligned(self, model)
+        return super()._sequence_loss(model)
 
     # ---- semantic IDs ----
 
@@ -196,6 +207,8 @@ class BilevelTrainer(SFTTrainer):
     def refresh(self) -> float:
         """Gives the items the IDs that the tokenizer has for them now; the share that changed."""
         paths, residuals = self._paths()
+        if self.processes.world > 1:  # rounding must not part the processes
+            paths = self.processes.agree(paths.cpu()).to(paths)
         room = self.model.level_sizes[-1]
         if crowded(paths, room):
             distances = torch.cdist(residuals[:, -1], self.tokenizer.books[-1]).square()
@@ -214,7 +227,14 @@ class BilevelTrainer(SFTTrainer):
         if self.bilevel.joint == "bilevel" and self._is_upper(self.step):
             self._upper_update(batch)
         elif self.bilevel.joint == "simultaneous":
+            self._share_gradients(self.tokenizer)
             self.token_optimizer.step()
+        elif self.bilevel.joint == "alternating":
+            self._share_gradients(self.alignment)
+
+    def _share_gradients(self, module: torch.nn.Module) -> None:
+        """Of what is outside the loss that the processes share."""
+        self.processes.mean_([p.grad for p in module.parameters() if p.grad is not None])
 
     def _is_upper(self, step: int) -> bool:
         """Whether the tokenizer moves at this step: after equal parts of an epoch."""
@@ -239,6 +259,7 @@ class BilevelTrainer(SFTTrainer):
         for_codes = self.meta_gradient(batch, soft)
         # What the loss asks of the distributions, passed on to what they are made of.
         rec = gradients((soft.probabilities * for_codes).sum(), parameters)
+        self.processes.mean_(rec)
         loss, parts = self.tokenizer.token_loss(self._x, self.paths, latents)
         token = gradients(loss, parameters)
         self._move(batch, rec, token)
@@ -248,7 +269,7 @@ class BilevelTrainer(SFTTrainer):
     def _some(self, batch: Batch) -> Batch:
         """The part of a batch that an upper update looks at."""
         count = len(batch.history)
-        rng = np.random.default_rng((self.seed, self.step, 3))
+        rng = np.random.default_rng((self.seed, self.step, 3 + 4 * self.processes.rank))
         drawn = np.sort(rng.permutation(count)[: self.bilevel.users])
         rows = torch.from_numpy(drawn).to(self.device)
         history, targets = batch.history[rows], batch.targets[rows]
@@ -376,7 +397,9 @@ class BilevelTrainer(SFTTrainer):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at {self.stage} step {self.step}", batch
             )
-        self._apply(gradients(loss, list(self.tokenizer.parameters())))
+        update = gradients(batch.weight * loss, list(self.tokenizer.parameters()))
+        self.processes.mean_(update)
+        self._apply(update)
         self.refresh()  # the loss is of the nearest codewords, and a stop may come at any step
         self.step += 1
         if self.step % self.epoch_steps == 0:
@@ -417,8 +440,8 @@ class BilevelTrainer(SFTTrainer):
 class _Aligned(SequenceLoss):
     """With ETEGRec's losses, the tokenizer held still."""
 
-    def __init__(self, trainer: BilevelTrainer) -> None:
-        super().__init__(trainer.model, trainer.objective, trainer.config.precision)
+    def __init__(self, trainer: BilevelTrainer, model: CompactRecommender) -> None:
+        super().__init__(model, trainer.objective, trainer.config.precision)
         self._trainer = [trainer]  # in a list, so that it is no submodule
 
     def codes(

@@ -11,6 +11,7 @@ from typing import Any
 from ..models import CompactConfig
 from ..tokenizers import RQVAE
 from .bilevel import BilevelConfig
+from .distributed import PARALLEL
 from .objective import ONCE_DIFFERENTIABLE, SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
@@ -39,7 +40,11 @@ class TrainConfig:
         seed: everything random follows from it.
         device: a torch device.
         stages: some of ``"sft"``, ``"bilevel"`` and ``"rl"``, in this order; rl needs one before.
-        resume: go on from the run folder's checkpoint.
+        resume: go on from the run folder's newest checkpoint.
+        save_seconds: from one checkpoint to the next, at least; 0 for one after every step.
+        parallel: under torchrun, ``"ddp"``: each process holds the whole model; ``"fsdp"``:
+            weights, gradients and optimiser state are split among them.
+        timeout: minutes that a process waits for the others, before it ends with an error.
         patience: validations without improvement after which sft or bilevel ends.
         tokenizer: ``"data"``: the data's own semantic IDs, or residual k-means where they have
             none; ``"rqvae"``: an RQ-VAE over the items' texts, or over what they occur with where
@@ -63,6 +68,9 @@ class TrainConfig:
     device: str = "cpu"
     stages: tuple[str, ...] = DEFAULT_STAGES
     resume: bool = False
+    save_seconds: float = 15.0
+    parallel: str = "ddp"
+    timeout: float = 10.0
     patience: int = 4
     tokenizer: str | None = None
     rqvae: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +128,19 @@ class TrainConfig:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if self.reading and self.data is None:
             raise ValueError(f"reading: {self.reading}; expected none without data to read")
+        if self.parallel not in PARALLEL:
+            raise ValueError(
+                f"parallel must be one of {', '.join(PARALLEL)}, got {self.parallel!r}"
+            )
+        if self.parallel == "fsdp" and "bilevel" in self.stages:
+            raise ValueError(
+                "parallel: 'fsdp' with the stage bilevel, which needs the whole model at once; "
+                "expected 'ddp'"
+            )
+        if not self.save_seconds >= 0:
+            raise ValueError(f"save_seconds must be 0 or more, got {self.save_seconds}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
         if self.epochs is not None and self.epochs < 1:

@@ -18,6 +18,7 @@ from ..data import Split
 from ..decode import BeamResult, beam_search
 from ..models import CompactRecommender
 from ..trie import Trie
+from .distributed import ALONE, Processes
 
 KS = (5, 10, 20)
 """Cut-offs of recall, NDCG, MRR and hit rate, as far as a ranking goes."""
@@ -89,7 +90,7 @@ class PrefixTrace:
     @property
     def kept(self) -> np.ndarray:
         """``[U, L]``, :func:`genrec_ext.metrics.prefix_survival` of all users."""
-        return np.concatenate(self._kept)
+        return np.concatenate([np.empty((0, self._targets.shape[1])), *self._kept])
 
 
 @torch.no_grad()
@@ -163,14 +164,28 @@ def rank(
     width: int = WIDTH,
     clock: DecodeClock | None = None,
     trace: PrefixTrace | None = None,
+    processes: Processes = ALONE,
 ) -> Ranking:
     """The best k items of each history among the whole catalogue.
 
     Items of the history may be recommended again.  Of items that share a semantic ID, the first
     stands for all; the figures give credit accordingly.  ``clock`` is told how long it took,
-    ``trace`` where each level left the beams.
+    ``trace`` where each level left the beams.  Several processes each decode a share of the
+    users, and all have the whole ranking; a ``trace`` is then of the share's targets.
     """
     width = max(k, width)
+    if processes.world > 1:
+        mine = [histories[user] for user in processes.share(np.arange(len(histories)))]
+        part = rank(model, trie, mine, k, width, clock, trace)
+        return Ranking(
+            *(None if rows is None else processes.joined(rows) for rows in part)  # type: ignore[arg-type]
+        )
+    if not histories:
+        return Ranking(
+            np.empty((0, k), dtype=np.int64),
+            np.empty((0, k), dtype=np.float32),
+            None if trace is None else trace.kept,
+        )
     found = [
         decode(model, trie, histories[start : start + USERS], width, clock=clock, trace=trace)
         for start in range(0, len(histories), USERS)
@@ -217,11 +232,17 @@ def figures(
 
 
 def rank_test(
-    model: CompactRecommender, trie: Trie, split: Split, clock: DecodeClock | None = None
+    model: CompactRecommender,
+    trie: Trie,
+    split: Split,
+    clock: DecodeClock | None = None,
+    processes: Processes = ALONE,
 ) -> Ranking:
     """The ranking of the test users' items, and what the beams kept of their targets' prefixes."""
-    trace = PrefixTrace(trie, model.codes[torch.from_numpy(split.test_targets)])
-    return rank(model, trie, split.test_histories(), k=KS[-1], clock=clock, trace=trace)
+    targets = torch.from_numpy(processes.share(split.test_targets).copy())
+    trace = PrefixTrace(trie, model.codes[targets.to(model.codes.device)])
+    histories = split.test_histories()
+    return rank(model, trie, histories, k=KS[-1], clock=clock, trace=trace, processes=processes)
 
 
 def test_figures(ranking: Ranking, split: Split, codes: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,7 @@ themselves are in ``sft`` and ``rl``.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,22 +25,22 @@ from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
 from ..ops import sid_report
 from ..trie import Trie
-from . import checkpoint, evaluation, report, settings
+from . import checkpoint, distributed, evaluation, report, settings
 from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
+from .checkpoint import Checkpoints
 from .config import TrainConfig
+from .distributed import Processes
 from .identifiers import first_ids
 from .per_user import PerUser
 from .rl import SageTrainer
 from .sft import NonFiniteLossError, SFTTrainer
 
 METRIC = "recall@10"
-CHECKPOINT = "checkpoint.pt"
 # Of a time budget: what the stages before it leave for a stage, and what all leave for the end, a
 # share or some validations' worth (two test rankings are wider than a validation's).
 _STAGE_SHARE = {"sft": 0.0, "bilevel": 0.4, "rl": 0.2}
 _END_SHARE, _END_VALIDATIONS = 0.06, 6
-_SAVE_SECONDS = 15.0
 _VALIDATIONS = 7  # of a stage that has epochs, evenly spread
 _RL_VALIDATIONS = 5
 
@@ -47,7 +48,7 @@ _RL_VALIDATIONS = 5
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
-    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``,
+    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoints/``,
     ``report.html``, ``test_users.npz`` (what :mod:`genrec_ext.training.per_user` says of each test
     user) and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the content
     of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
@@ -57,15 +58,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     model's semantic IDs), ``baselines``, for the generated catalogue ``best_possible``, ``seconds``
     and ``config``.
 
+    Under ``torchrun``, or where torch.distributed is initialised, all processes train one model;
+    the first of them writes.
+
     Raises:
         DataError: the data cannot be read.
-        CheckpointError: ``resume`` finds a checkpoint of another run.
+        CheckpointError: ``resume`` finds a checkpoint of another run or a damaged one, or a
+            checkpoint cannot be written.
         ImportError: the ``[train]`` extra is not installed.
+        FloatingPointError: a loss is not finite; ``failed_batch.pt`` holds what it is of.
     """
-    for module in ("matplotlib", "tqdm", "yaml"):
+    for module in ("dacite", "matplotlib", "safetensors", "sklearn", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
-    return _Training(config).run()
+    with distributed.joined(config.parallel, 60 * config.timeout) as processes:
+        return _Training(config, processes).run()
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -76,13 +83,15 @@ def summary(metrics: dict[str, Any]) -> str:
 class _Training:
     """One run and its clock."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        self.config, self.processes = config, processes
         self.started = time.monotonic()
         self.folder = Path(config.out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings.save(self.folder / "config.yaml", config)
-        self.device = torch.device(config.device)
+        self.checkpoints = Checkpoints(self.folder, processes)
+        if processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings.save(self.folder / "config.yaml", config)
+        self.device = distributed.own_device(config.device)
         torch.manual_seed(config.seed)
         self.best_possible: dict[str, Any] | None = None
         self.source: dict[str, Any] = {
@@ -133,8 +142,7 @@ class _Training:
             self.embeddings = tokenizers.item_embeddings(
                 self.data, self.split, seed=self.config.seed
             )
-            settings = {"seed": self.config.seed, **self.config.rqvae}
-            self.tokenizer = tokenizers.RQVAE(**settings).fit(self.embeddings, progress=True)
+            self.tokenizer = self._fitted()
             return first_ids(
                 self.tokenizer.fitted_codes, self.tokenizer.codebook_size, self.config.seed
             )
@@ -143,6 +151,21 @@ class _Training:
             codes = tokenizers.tokenize(self.data, self.split, seed=self.config.seed)
         assert codes is not None
         return torch.from_numpy(codes), [int(size) for size in codes.max(0) + 1]
+
+    def _fitted(self) -> tokenizers.RQVAE:
+        """The RQ-VAE that the run starts from: fitted by the first process, read by the others and
+        by who resumes."""
+        name = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
+        path = self.checkpoints.folder / f"tokenizer-{name}.safetensors"
+        if not self.config.resume:
+            self.checkpoints.clear()
+        if self.processes.first and not path.exists():
+            settings = {"seed": self.config.seed, **self.config.rqvae}
+            fitted = tokenizers.RQVAE(**settings).fit(self.embeddings, progress=True)
+            path.parent.mkdir(exist_ok=True)
+            fitted.save(path)
+        self.processes.wait()
+        return tokenizers.RQVAE.load(path)
 
     @property
     def trie(self) -> Trie:
@@ -197,17 +220,23 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to resume the other."""
         content = self.config.as_json()
-        for free in ("out", "data", "minutes", "resume", "device"):
+        for free in ("out", "data", "minutes", "resume", "device", "save_seconds", "timeout"):
             del content[free]
+        # The step's batch is what matters, not how many processes share it.
+        for stage in ("sft", "rl", "bilevel"):
+            content[stage]["users"] *= self.processes.world
         return {"config": json.dumps(content, sort_keys=True), "data": self.source["fingerprint"]}
 
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.seconds() - self.saved >= self.config.save_seconds
+
     def save(self, stage: str, trainer: Any, *, force: bool = False) -> None:
-        """A checkpoint from which the run goes on to the same bits; at most one every 15 s."""
-        if not force and self.seconds() - self.saved < _SAVE_SECONDS:
+        """A checkpoint from which the run goes on to the same bits, where one is due."""
+        if not (force or self.processes.agree(self.due())):
             return
         self.saved = self.seconds()
-        checkpoint.save(
-            self.folder / CHECKPOINT,
+        self.checkpoints.save(
             {
                 "identity": self.identity(),
                 "stage": stage,
@@ -216,28 +245,32 @@ class _Training:
                 "stages": self.stages,
                 "log": self.log,
                 "seconds": self.seconds(),
-            },
+            }
         )
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        (self.folder / "metrics.jsonl").write_text(lines)
+        self._write_log()
+
+    def _write_log(self) -> None:
+        if self.processes.first:
+            lines = "".join(json.dumps(line) + "\n" for line in self.log)
+            checkpoint.save_text(self.folder / "metrics.jsonl", lines)
 
     def restored(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None."""
-        path = self.folder / CHECKPOINT
         if not self.config.resume:
-            path.unlink(missing_ok=True)
+            if not self.config.learns_tokenizer():  # else cleared before the tokenizer was fitted
+                self.checkpoints.clear()
             return None
-        if not path.exists():
+        content = self.checkpoints.load(self.device)
+        if content is None:
             return None
-        content = checkpoint.load(path, self.device)
         if content["identity"] != self.identity():
             raise checkpoint.CheckpointError(
-                f"{path}: written by a run with other settings or data; repeat that run's options "
-                "or leave out --resume"
+                f"{self.checkpoints.folder}: written by a run with other settings or data; repeat "
+                "that run's options or leave out --resume"
             )
         self.best, self.stages = content["best"], content["stages"]
         self.log, self.earlier = content["log"], content["seconds"]
-        self.started = time.monotonic()
+        self.started, self.saved = time.monotonic(), content["seconds"]
         return content
 
     # ---- validation ----
@@ -250,6 +283,7 @@ class _Training:
             self.trie,
             self.split.valid_histories(),
             width=evaluation.VALIDATION_WIDTH,
+            processes=self.processes,
         )
         figures = evaluation.figures(found.items, self.split.valid_targets, self.split, self.group)
         self.validation_seconds = max(self.validation_seconds, time.monotonic() - began)
@@ -286,7 +320,7 @@ class _Training:
 
     def rank_test(self) -> evaluation.Ranking:
         """The model's ranking for the test users."""
-        return evaluation.rank_test(self.model, self.trie, self.split)
+        return evaluation.rank_test(self.model, self.trie, self.split, processes=self.processes)
 
     # ---- the stages ----
 
@@ -307,7 +341,9 @@ class _Training:
     def _trainer(self, stage: str) -> SFTTrainer:
         config = self.config
         if stage == "sft":
-            return SFTTrainer(self.model, self.split.train, config.sft_settings(), seed=config.seed)
+            return SFTTrainer(
+                self.model, self.split.train, config.sft_settings(), config.seed, self.processes
+            )
         assert self.tokenizer is not None
         return BilevelTrainer(
             self.model,
@@ -316,7 +352,8 @@ class _Training:
             self.embeddings,
             config.sft_settings(),
             config.bilevel,
-            seed=config.seed,
+            config.seed,
+            self.processes,
         )
 
     def supervised(self, stage: str, restored: dict[str, Any] | None) -> None:
@@ -336,6 +373,7 @@ class _Training:
             desc=stage,
             unit="step",
             mininterval=1.0,
+            disable=not self.processes.first,
         )
 
         def progress(_: int, parts: dict[str, float]) -> None:
@@ -343,22 +381,32 @@ class _Training:
             loss = parts.get("loss", parts.get("token_loss", math.nan))
             bar.set_postfix(loss=f"{loss:.3f}", epoch=trainer.epoch, refresh=False)
 
+        def stop() -> bool:
+            due = trainer.step > before and self.due()
+            return self.processes.agree(due or self.left(stage) <= 0)
+
         while not trainer.done and stale < self.config.patience:
+            before = trainer.step
             try:
-                losses = trainer.train_epoch(stop=lambda: self.left(stage) <= 0, progress=progress)
+                losses = trainer.train_epoch(stop=stop, progress=progress)
             except NonFiniteLossError as error:
                 bar.close()
                 raise FloatingPointError(f"{error}; {self._keep_failed(trainer, error)}") from error
-            if losses:
+            left = self.processes.agree(self.left(stage))
+            out_of_time = left <= 0
+            if trainer.step % trainer.epoch_steps and not out_of_time:
+                self.save(stage, trainer)  # a long epoch
+                continue
+            if losses and trainer.step > before:
                 self.note(stage=stage, step=trainer.step, epoch=trainer.epoch, **losses)
             if isinstance(trainer, BilevelTrainer):
                 for update in trainer.take_updates():
                     self.note(stage=stage, codes=update)
             # Plan for the budget by the pace so far, validations included.
-            pace = (self.seconds() - began) / max(trainer.epoch - first_epoch, 1)
-            out_of_time = self.left(stage) <= 0
-            if self.left(stage) < pace * (trainer.epochs - trainer.epoch):
-                trainer.shorten(trainer.epoch + int(self.left(stage) / pace))
+            took = self.processes.agree(self.seconds() - began)
+            pace = took / max(trainer.epoch - first_epoch, 1)
+            if left < pace * (trainer.epochs - trainer.epoch):
+                trainer.shorten(trainer.epoch + int(left / pace))
                 bar.total = trainer.epochs * trainer.epoch_steps
             every = max(1, trainer.epochs // _VALIDATIONS)
             if trainer.done or out_of_time or trainer.epoch % every == 0:
@@ -382,8 +430,14 @@ class _Training:
 
     def _keep_failed(self, trainer: SFTTrainer, error: NonFiniteLossError) -> str:
         """Writes down what a loss that is not finite is of; says where."""
-        path = self.folder / "failed_batch.pt"
+        name = (
+            "failed_batch.pt" if self.processes.first else f"failed_batch-{self.processes.rank}.pt"
+        )
+        path = self.folder / name
         batch = {field.name: getattr(error.batch, field.name) for field in fields(error.batch)}
+        if self.processes.sharded:  # the others may be on their way, and hold parts of the state
+            checkpoint.save(path, {"stage": trainer.stage, "batch": batch})
+            return f"its batch is in {path}"
         state = {"stage": trainer.stage, "trainer": trainer.state_dict(), "batch": batch}
         checkpoint.save(path, state)
         return f"its batch and the trainer's state before it are in {path}"
@@ -402,7 +456,13 @@ class _Training:
 
         self.take_best()
         trainer = SageTrainer(
-            self.model, self.trie, self.split.train, self.counts, self.config.rl, self.config.seed
+            self.model,
+            self.trie,
+            self.split.train,
+            self.counts,
+            self.config.rl,
+            self.config.seed,
+            self.processes,
         )
         if restored is not None:
             trainer.load_state_dict(restored["trainer"])
@@ -414,6 +474,7 @@ class _Training:
             desc="rl",
             unit="step",
             mininterval=1.0,
+            disable=not self.processes.first,
         )
 
         def progress(_: int, figures: dict[str, float]) -> None:
@@ -423,13 +484,20 @@ class _Training:
             )
             self.note(stage="rl", step=trainer.step, **figures)
 
-        def stop() -> bool:
-            return self.left("rl") <= 0
+        def out_of_time() -> bool:
+            return self.processes.agree(self.left("rl") <= 0)
 
-        while trainer.step < self.config.rl.steps and not stop():
+        def stop() -> bool:
+            due = trainer.step > before and self.due()
+            return self.processes.agree(due or self.left("rl") <= 0)
+
+        end = self.config.rl.steps
+        while trainer.step < end and not out_of_time():
+            before = trainer.step
             trainer.run(every - trainer.step % every, stop=stop, progress=progress)
-            self.validate("rl", trainer.step)
-            bar.set_description(f"rl, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
+            if trainer.step == end or trainer.step % every == 0 or out_of_time():
+                self.validate("rl", trainer.step)
+                bar.set_description(f"rl, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")
             self.save("rl", trainer)
         bar.close()
         self.finish_stage("rl", trainer.step, self.seconds() - began)
@@ -465,9 +533,6 @@ class _Training:
         }
         if self.best_possible is not None:
             metrics["best_possible"] = self.best_possible
-        run_module.save(self.folder, self.model, self.data, self.source)
-        if self.tokenizer is not None:
-            self._save_tokenizer(self.tokenizer)
         metrics["seconds"] = round(self.seconds(), 2)
         metrics["config"] = {
             "name": self.data.name,
@@ -479,9 +544,16 @@ class _Training:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
+            "processes": self.processes.world,
         }
         histories = self.split.test_histories()
         ranking = self.rank_test() if self.ranked is None else self.ranked
+        if not self.processes.first:
+            return metrics
+        self._write_log()
+        run_module.save(self.folder, self.model, self.data, self.source)
+        if self.tokenizer is not None:
+            self._save_tokenizer(self.tokenizer)
         PerUser.of(ranking, self.data, self.split, self.group).save(self.folder)
         items = ranking.items[:, : evaluation.LENGTH]
         report.write(

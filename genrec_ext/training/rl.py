@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decode import beam_search, sample_items
 from ..models import CompactRecommender
 from ..ops import SageConfig, SageStats, decoupled_advantages, sage_loss, token_logps
 from ..trie import Trie
+from .distributed import ALONE, Processes, Replica, load_optimizer
 
 REWARDS = ("hit", "rank", "cold", "diversity")
 ROLLOUTS = ("sample", "beam")
@@ -33,7 +34,7 @@ class RLConfig:
 
     Attributes:
         steps: rollout batches.
-        users: histories a batch.
+        users: histories a batch; where several processes train, of each of them.
         candidates: items a list (G).
         rollouts: how a list is written: ``"sample"`` draws without replacement from the constrained
             policy, ``"beam"`` takes its most probable items by beam search.
@@ -145,6 +146,34 @@ def _repeated(state: Tensor, rows: int) -> Tensor:
     return state.repeat_interleave(rows // len(state), 0)
 
 
+class _PolicyLoss(nn.Module):
+    """Model and SAGE's loss as one function of a batch of lists."""
+
+    def __init__(self, model: CompactRecommender, config: RLConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.sage = dataclasses.replace(config.sage, kl_weight=config.kl_weight)
+
+    def forward(self, lists: Rollout) -> tuple[Tensor, SageStats]:
+        # Dropout stays off: its noise would enter the importance ratio.
+        state = _repeated(self.model.encode(lists.history), len(lists.items))
+        logits, support = self.model.item_rows(state, lists.items)
+        return sage_loss(
+            logits,
+            self.model.codes[lists.items],
+            lists.old_logps,
+            lists.advantages,
+            mask=lists.mask,
+            entropy=lists.entropy,
+            boost=lists.boost,
+            ref_logps=lists.ref_logps,
+            config=self.sage,
+            return_stats=True,
+            inplace_grad=True,
+            **support,
+        )
+
+
 class SageTrainer:
     """Fine-tunes a model in place.
 
@@ -155,6 +184,7 @@ class SageTrainer:
         counts: ``[num_items]`` occurrences in training.
         config: the stage's settings.
         seed: of the order of the examples.
+        processes: who trains it together, `users` lists a step each; all call the same methods.
     """
 
     def __init__(
@@ -165,8 +195,9 @@ class SageTrainer:
         counts: np.ndarray,
         config: RLConfig,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
-        self.model, self.trie, self.config = model, trie, config
+        self.model, self.trie, self.config, self.processes = model, trie, config, processes
         self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.counts = torch.as_tensor(counts, device=self.device)
@@ -179,7 +210,10 @@ class SageTrainer:
         ).reshape(-1, 2)
         if not len(self.examples):
             raise ValueError("no user has two training items, so there is nothing to learn from")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0)
+        self.replica = Replica(model, processes)
+        trained = self.replica.own
+        self._loss = processes.wrap(_PolicyLoss(trained, config), trained.blocks, unused=True)
+        self.optimizer = torch.optim.AdamW(trained.parameters(), lr=config.rate, weight_decay=0.0)
         self.seed = seed
         self.step = 0
 
@@ -187,7 +221,7 @@ class SageTrainer:
         """All that a later :meth:`load_state_dict` needs to go on to the same bits."""
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": self.replica.own.state_dict(),
             "reference": self.reference.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -195,15 +229,16 @@ class SageTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        self.replica.load(state["model"])
         self.reference.load_state_dict(state["reference"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """``(history [B, T], targets [B])`` of this step; a function of seed and step alone."""
         rng = np.random.default_rng((self.seed, self.step))
-        rows = rng.integers(len(self.examples), size=self.config.users)
+        size = self.config.users * self.processes.world
+        rows = self.processes.share(rng.integers(len(self.examples), size=size))
         chosen = [(self.train[u], t) for u, t in self.examples[rows]]
         history = self.model.pad([sequence[:t] for sequence, t in chosen])
         targets = torch.tensor([int(sequence[t]) for sequence, t in chosen])
@@ -217,6 +252,7 @@ class SageTrainer:
         misses would teach only what to avoid.  Its score is the policy's own, like the others'.
         """
         self.model.eval()
+        self._loss.eval()
         G = self.config.candidates
         state = self.model.encode(history)
         items, codes, old = self._write_lists(state)
@@ -233,8 +269,7 @@ class SageTrainer:
         ref = self._score(self.reference, self.reference.encode(history), rows)
         scores = old.sum(-1).masked_fill(items < 0, -torch.inf)
         rewards = rewards_of(items, codes, targets, self.counts, self.config.cold_count)
-        weights = torch.tensor(self.config.weights, device=self.device)
-        advantages = decoupled_advantages(rewards, weights, clamp=self.config.clamp)
+        advantages = self._advantages(rewards)
         return Rollout(
             history,
             rows,
@@ -248,6 +283,15 @@ class SageTrainer:
             1 - missing.float().mean().item(),
         )
 
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """Of this process's lists; the batch that they are normalised over is everybody's."""
+        weights = torch.tensor(self.config.weights, device=self.device)
+        if self.processes.world > 1:
+            parts = [part.to(self.device) for part in self.processes.gather(rewards.cpu())]
+            rewards = torch.stack(parts, 1).flatten(0, 1)  # in the order of the large batch
+        advantages = decoupled_advantages(rewards, weights, clamp=self.config.clamp)
+        return advantages[self.processes.rank :: self.processes.world]
+
     def _write_lists(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(items [B, G], codes [B, G, L], log-probabilities [B, G, L])`` of the policy's lists,
         the most probable first; items -1 where the catalogue has fewer."""
@@ -257,7 +301,8 @@ class SageTrainer:
             found = beam_search(model.step_fn(state), self.trie, G, users=B, softmax=model.softmax)
             logps = self._score(model, state, found.items.flatten().clamp(min=0))
             return found.items, found.codes, logps.view(B, G, -1)
-        seed = int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0])
+        words = (self.seed, self.step, self.processes.rank)
+        seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
         drawn = sample_items(
             model.step_fn(state), self.trie, G, users=B, seed=seed, softmax=model.softmax
         )
@@ -281,29 +326,12 @@ class SageTrainer:
 
     def update(self, lists: Rollout) -> tuple[float, SageStats]:
         """One optimiser step on a batch of lists; returns the loss and what to watch."""
-        sage = dataclasses.replace(self.config.sage, kl_weight=self.config.kl_weight)
-        # Dropout stays off: its noise would enter the importance ratio.
-        state = _repeated(self.model.encode(lists.history), len(lists.items))
-        logits, support = self.model.item_rows(state, lists.items)
-        loss, stats = sage_loss(
-            logits,
-            self.model.codes[lists.items],
-            lists.old_logps,
-            lists.advantages,
-            mask=lists.mask,
-            entropy=lists.entropy,
-            boost=lists.boost,
-            ref_logps=lists.ref_logps,
-            config=sage,
-            return_stats=True,
-            inplace_grad=True,
-            **support,
-        )
+        loss, stats = self._loss(lists)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.replica.own.parameters(), self.config.clip_norm)
         self.optimizer.step()
         return loss.item(), stats
 
@@ -319,17 +347,20 @@ class SageTrainer:
             loss, stats = self.update(lists)
             total += loss
         self.step += 1
-        return {
-            "loss": total / config.updates,
-            "ratio": stats.ratio.item(),
-            "capped_positive": stats.capped_positive.item(),
-            "capped_negative": stats.capped_negative.item(),
-            "kl": stats.kl.item(),
-            "entropy": stats.entropy.item(),
-            "list_entropy": lists.entropy.mean().item(),
-            "hit_rate": lists.found,
-            "diversity": lists.rewards[..., 3].nanmean().item(),
-        }
+        self.replica.publish()
+        return self.processes.mean(
+            {
+                "loss": total / config.updates,
+                "ratio": stats.ratio.item(),
+                "capped_positive": stats.capped_positive.item(),
+                "capped_negative": stats.capped_negative.item(),
+                "kl": stats.kl.item(),
+                "entropy": stats.entropy.item(),
+                "list_entropy": lists.entropy.mean().item(),
+                "hit_rate": lists.found,
+                "diversity": lists.rewards[..., 3].nanmean().item(),
+            }
+        )
 
     def run(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..models import CompactRecommender
 from ..objectives import VARIANTS
+from .distributed import ALONE, Processes, Replica, load_optimizer, split_like
 from .objective import OBJECTIVES, Objective, build
 
 PRECISIONS = ("float32", "bfloat16")
@@ -41,7 +42,7 @@ class SFTConfig:
 
     Attributes:
         epochs: passes over the training sequences.
-        users: sequences a batch.
+        users: sequences a batch; where several processes train, of each of them.
         rate: highest learning rate of AdamW, after a linear warm-up; a cosine then leads down to a
             hundredth of it.
         warmup: share of all steps that the warm-up takes.
@@ -213,12 +214,14 @@ class Batch:
         targets: `[B, T]` int64, the item to predict from each position, -1 for none.
         seed: of everything random inside the model.
         draws: of what the objective draws.
+        weight: of its loss, where several processes have a part of a step each: 1 on average.
     """
 
     history: Tensor
     targets: Tensor
     seed: int
     draws: tuple[int, ...]
+    weight: float = 1.0
 
 
 class SequenceLoss(nn.Module):
@@ -254,6 +257,26 @@ class SequenceLoss(nn.Module):
         return self.objective(self.model, state, target, batch.draws)
 
 
+class _Means:
+    """Sums of what an epoch's steps said."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.steps = self.padded = self.positions = 0
+
+    def add(self, parts: dict[str, float], padded: int, positions: int) -> None:
+        for name, value in parts.items():
+            self.total[name] = self.total.get(name, 0.0) + value
+        self.steps += 1
+        self.padded, self.positions = self.padded + padded, self.positions + positions
+
+    def means(self) -> dict[str, float]:
+        if not self.steps:
+            return {}
+        means = {name: value / self.steps for name, value in self.total.items()}
+        return {**means, "padding": self.padded / self.positions}
+
+
 class SFTTrainer:
     """Trains a model in place, epoch by epoch.
 
@@ -261,11 +284,16 @@ class SFTTrainer:
     :meth:`state_dict` at any step, and loaded, goes on to the same bits. Torch's global generator
     is left as it was.
 
+    Where several processes train, each has every `world`-th sequence of a batch `world` times as
+    large, and the loss is the mean over all targets of that batch: but for dropout, and for what
+    an objective draws, they do what one process does with the large batch.
+
     Args:
         model: the model, on its device.
         train: int64 item ids, one array a user.
         config: the stage's settings.
         seed: of batches, targets, dropout and what the objective draws.
+        processes: who trains it together; all call the same methods.
 
     Raises:
         ValueError: no user has two training items.
@@ -279,17 +307,25 @@ class SFTTrainer:
         train: Sequence[np.ndarray],
         config: SFTConfig,
         seed: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
-        self.model, self.config, self.seed = model, config, seed
+        self.model, self.config, self.seed, self.processes = model, config, seed, processes
         self.device = next(model.parameters()).device
         self.windows = Windows(train, model.config.max_history)
         self.objective = build(config, model)
-        self.sequence_loss = SequenceLoss(model, self.objective, config.precision)
-        self.epoch_steps = math.ceil(len(self.windows) / config.users)
+        self.replica = Replica(model, processes)
+        trained = self.replica.own
+        self.sequence_loss = self._sequence_loss(trained)
+        self._shared_loss = processes.wrap(
+            self.sequence_loss, trained.blocks, unused=not model.config.forget
+        )
+        self.users = config.users * processes.world
+        self.epoch_steps = math.ceil(len(self.windows) / self.users)
         self.epochs = config.epochs
         self.step = 0
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
+        self._seen = _Means()  # of the epoch so far
+        matrices = [p for p in trained.parameters() if p.dim() > 1]
+        others = [p for p in trained.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -301,7 +337,10 @@ class SFTTrainer:
         )
         self._averages: list[Tensor] | None = None
         if config.average:
-            self._averages = [p.detach().clone() for p in model.parameters()]
+            self._averages = [p.detach().clone() for p in trained.parameters()]
+
+    def _sequence_loss(self, model: CompactRecommender) -> SequenceLoss:
+        return SequenceLoss(model, self.objective, self.config.precision)
 
     @property
     def epoch(self) -> int:
@@ -341,30 +380,25 @@ class SFTTrainer:
             progress: given the steps done so far and the step's losses.
 
         Returns:
-            Means of the losses over the steps of this call, and `padding`, the share of their
-            positions that were padding; empty where there was no step.
+            Means of the losses over the epoch's steps so far, those before a stop or a load
+            included, and `padding`, the share of their positions that were padding; empty where
+            there was no step. The same on all processes.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        self.model.train()
-        self.objective.train()
-        epoch, total, steps = self.epoch, dict[str, float](), 0
-        padded = positions = 0
-        batches = self.windows.batches(self.config.users, np.random.default_rng((self.seed, epoch)))
+        self.sequence_loss.train()
+        epoch = self.epoch
+        if self.step % self.epoch_steps == 0:
+            self._seen = _Means()
+        batches = self.windows.batches(self.users, np.random.default_rng((self.seed, epoch)))
         while self.epoch == epoch and not self.done and not stop():
             rows = batches[self.step % self.epoch_steps]
             parts = self._train_step(rows)
-            for name, value in parts.items():
-                total[name] = total.get(name, 0.0) + value
-            steps += 1
-            empty, places = self.windows.padding(rows)
-            padded, positions = padded + empty, positions + places
-            progress(self.step, {**parts, "padding": empty / places})
-        if not steps:
-            return {}
-        means = {name: value / steps for name, value in total.items()}
-        return {**means, "padding": padded / positions}
+            padded, positions = self.windows.padding(rows)
+            self._seen.add(parts, padded, positions)
+            progress(self.step, {**parts, "padding": padded / positions})
+        return self.processes.mean(self._seen.means())
 
     def _batch(self, rows: np.ndarray) -> Batch:
         # Three numbers, where an epoch's order has two: no draw is shared.
@@ -372,13 +406,26 @@ class SFTTrainer:
         history, targets = self.windows.batch(
             rows, self.config.horizon, self.config.horizon_decay, rng
         )
+        drawn = int(rng.integers(2**62))
+        rank, world = self.processes.rank, self.processes.world
+        weight = 1.0
+        if world > 1:
+            mine = self.processes.share(np.arange(len(rows)))
+            count = (targets >= 0).sum().item()
+            weight = world * (targets[mine] >= 0).sum().item() / count
+            if not len(mine):  # the last batch can be too small for all: take part, say nothing
+                mine = np.arange(1)
+            history, targets = history[mine], targets[mine]
+            width = int((history >= 0).sum(1).max())
+            history, targets = history[:, -width:], targets[:, -width:]
         # The last number keeps what the objective draws apart from all other draws, so that those
-        # are the same under every objective.
+        # are the same under every objective; it differs from process to process.
         return Batch(
             history.to(self.device),
             targets.to(self.device),
-            int(rng.integers(2**62)),
-            (self.seed, self.step, 2),
+            drawn + rank * 2**32,
+            (self.seed, self.step, 2 + 4 * rank),
+            weight,
         )
 
     def _train_step(self, rows: np.ndarray) -> dict[str, float]:
@@ -386,20 +433,17 @@ class SFTTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = self._pieces(batch)
-        targets = [int(((p.targets >= 0) & (p.history >= 0)).sum()) for p in pieces]
         told: dict[str, float] = {}
-        for piece, count in zip(pieces, targets, strict=True):
-            if not count and len(pieces) > 1:
-                continue
-            # Losses are means over targets.
-            share = count / max(sum(targets), 1) if len(pieces) > 1 else 1.0
-            loss, parts = self._loss(piece)
-            if not torch.isfinite(loss):
-                raise NonFiniteLossError(
-                    f"the loss is {loss.item()} at {self.stage} step {self.step}", piece
-                )
-            (loss if share == 1 else share * loss).backward()
+        pieces = self._pieces(batch, len(rows))
+        for place, (piece, share) in enumerate(pieces):
+            last = place == len(pieces) - 1
+            with self.processes.adding_up(self._shared_loss, last):
+                loss, parts = self._loss(piece)
+                if not torch.isfinite(loss):
+                    raise NonFiniteLossError(
+                        f"the loss is {loss.item()} at {self.stage} step {self.step}", piece
+                    )
+                (loss if share == 1 else share * loss).backward()
             for name, part in {"loss": loss.detach(), **parts}.items():
                 told[name] = told.get(name, 0.0) + share * part.item()
         self._before_update(batch)
@@ -409,13 +453,15 @@ class SFTTrainer:
         self._average()
         return told
 
-    def _pieces(self, batch: Batch) -> list[Batch]:
-        """The batch in as many parts as the configuration says."""
-        count = self.config.accumulate
+    def _pieces(self, batch: Batch, users: int) -> list[tuple[Batch, float]]:
+        """The batch, of `users` in all processes, in as many parts as the configuration says, and
+        the share that each has in the step's loss, a mean over targets."""
+        # As many on all processes: never more than the one with the fewest users can make.
+        count = min(self.config.accumulate, max(1, users // self.processes.world))
         if count == 1:
-            return [batch]
+            return [(batch, batch.weight)]
         rows = torch.arange(len(batch.history), device=self.device).tensor_split(count)
-        return [
+        pieces = [
             replace(
                 batch,
                 history=batch.history[some],
@@ -424,7 +470,11 @@ class SFTTrainer:
                 draws=(*batch.draws, place),
             )
             for place, some in enumerate(rows)
-            if len(some)
+        ]
+        counts = [int(((p.targets >= 0) & (p.history >= 0)).sum()) for p in pieces]
+        return [
+            (piece, batch.weight * count / sum(counts))
+            for piece, count in zip(pieces, counts, strict=True)
         ]
 
     # ---- the average of the weights ----
@@ -435,26 +485,25 @@ class SFTTrainer:
         # Few steps in, the start would weigh too much.
         decay = min(self.config.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(self._averages, list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(self._averages, list(self.replica.own.parameters()), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it, the model has the average of its weights, where there is one."""
-        if self._averages is None:
-            yield
-            return
+        """Within it, the model given has the average of its weights, where there is one, and else
+        the weights; also where it is split among processes."""
         parameters: list[Tensor] = list(self.model.parameters())
-        own = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, self._averages)
+        own = [p.detach().clone() for p in parameters] if self._averages is not None else None
+        self.replica.publish(self._averages)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, own)
+            if own is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, own)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.sequence_loss(batch)
+        loss = self.sequence_loss if self.processes.world == 1 else self._shared_loss
+        return loss(batch)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
@@ -464,20 +513,30 @@ class SFTTrainer:
         """For subclasses: called with the gradients of a step, before anything moves."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on to the same bits."""
+        """All that :meth:`load_state_dict` needs to go on to the same bits.
+
+        Where weights are split among processes, so are these tensors.
+        """
         return {
             "step": self.step,
             "epochs": self.epochs,
-            "model": self.model.state_dict(),
+            "seen": vars(self._seen).copy(),
+            "model": self.replica.own.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "averages": self._averages,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a state, its tensors whole."""
         self.step, self.epochs = state["step"], state["epochs"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self._seen).update(state["seen"])
+        self._seen.total = dict(self._seen.total)
+        self.replica.load(state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self._averages is not None:
-            self._averages = [average.clone() for average in state["averages"]]
+            self._averages = [
+                split_like(average.clone(), p)
+                for average, p in zip(state["averages"], self.replica.own.parameters(), strict=True)
+            ]

@@ -1,0 +1,158 @@
+"""Runs of two processes: they equal one with twice the batch, and a lost one ends the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genrec_ext.data import generate
+from genrec_ext.training import checkpoint
+from genrec_ext.training.distributed import ALONE, Processes
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
+
+QUIET = ("model.dropout=0", "model.forget=0", "rl.rollouts=beam")
+SMALL = ("model.width=16", "model.max_history=12", "rl.steps=4", "rl.candidates=6")
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    data = generate(seed=1, num_users=150, num_items=250).data
+    path = tmp_path_factory.mktemp("data") / "small.txt"
+    lines = [" ".join(map(str, [u, *(items + 1)])) for u, items in enumerate(data.sequences, 1)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def command(processes, data_file, out, *options, settings=()):
+    """`genrec train`, by itself or under torchrun."""
+    run = ["-m", "genrec_ext", "train", "--data", str(data_file), "--out", str(out), *options]
+    run += [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    if processes > 1:
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *run]
+    return [sys.executable, *run]
+
+
+def started(words, cwd, **options):
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return subprocess.Popen(
+        words, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def trained(words, cwd):
+    process = started(words, cwd)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def weights(out):
+    return checkpoint.load(out / "model.pt")["model"]
+
+
+@pytest.mark.parametrize(
+    "parallel, settings",
+    (
+        ("ddp", ("sft.objective=apao-pointwise", "sft.accumulate=2", "sft.average=0.5")),
+        ("fsdp", ("sft.average=0.5",)),
+    ),
+)
+def test_two_processes_equal_one_with_twice_the_batch(data_file, tmp_path, parallel, settings):
+    one, out = tmp_path / "one", tmp_path / "two"
+    options = ("--epochs", "2", "--parallel", parallel)
+    # 150 users in batches of 2 x 16: the last batch is not full.
+    users, large = ("sft.users=16", "rl.users=4"), ("sft.users=32", "rl.users=8")
+    trained(command(1, data_file, one, *options, settings=(*QUIET, *large, *settings)), tmp_path)
+    said = trained(
+        command(2, data_file, out, *options, settings=(*QUIET, *users, *settings)), tmp_path
+    )
+    assert said.count("report.html") == 1, "one process prints"
+    a, b = weights(one), weights(out)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=5e-4, rtol=1e-3)
+    first, second = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, out)
+    )
+    assert [line["stage"] for line in first] == [line["stage"] for line in second]
+    for x, y in zip(first, second, strict=True):
+        for name in ("loss", "level_0", "weight_1", "padding", "kl", "list_entropy"):
+            if name in x:
+                assert x[name] == pytest.approx(y[name], rel=1e-3, abs=1e-4), (name, x, y)
+    figures = [json.loads((run / "metrics.json").read_text())["test"] for run in (one, out)]
+    for name in ("recall@10", "ndcg@10", "coverage@10"):
+        assert figures[0][name] == pytest.approx(figures[1][name], abs=0.02)
+
+
+def test_a_lost_process_ends_the_run_and_what_it_saved_goes_on_to_the_same_bits(
+    data_file, tmp_path
+):
+    def run(out, *options, epochs=2):
+        return command(
+            2, data_file, out, "--stages", "sft", "--epochs", str(epochs), *options,
+            settings=("save_seconds=0", "sft.users=16", "timeout=1"),
+        )  # fmt: skip
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trained(run(whole), tmp_path)
+    process = started(run(cut), tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not any((cut / "checkpoints").glob("0*3")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        victim = max(children(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "SIGKILL" in said.upper(), said
+    assert not (cut / "model.pt").exists()
+    trained(run(cut, "--resume"), tmp_path)
+    a, b = weights(whole), weights(cut)
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+def children(pid):
+    """The processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+def test_a_tokenizer_learns_with_two_processes(data_file, tmp_path):
+    out = tmp_path / "two"
+    settings = ("sft.users=16", "bilevel.users=8", "rqvae.epochs=5", "rqvae.codebook_size=16")
+    words = command(
+        2, data_file, out, "--stages", "bilevel", "--epochs", "2", settings=(*settings,)
+    )  # fmt: skip
+    trained(words, tmp_path)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["stages"]["bilevel"]["codes"]["updates"] == 2
+    assert metrics["config"]["processes"] == 2
+    assert (out / "tokenizer.safetensors").exists()
+
+
+def test_shares_join_to_the_whole():
+    rows = np.arange(7)
+    parts = [Processes(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(np.concatenate(parts)) == list(rows)
+    assert ALONE.joined(rows) is rows or (ALONE.joined(rows) == rows).all()
+    assert ALONE.agree("x") == "x" and ALONE.mean({"a": 1.0}) == {"a": 1.0}
