@@ -300,9 +300,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"\nopen {Path(arguments.out) / 'report.html'}")
     elif arguments.command == "train":
         config = training.settings.load(arguments.config, arguments.set, _options(arguments))
-        found = training.train(config)
+        metrics = training.train(config)
         if os.environ.get("RANK", "0") == "0":  # under torchrun, once for all
-            print(training.summary(found))
+            print(training.summary(metrics))
             print(f"\nopen {Path(config.out) / 'report.html'}")
     elif arguments.command == "evaluate":
         clock = training.DecodeClock()

@@ -220,11 +220,15 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to resume the other."""
         content = self.config.as_json()
-        for free in ("out", "data", "minutes", "resume", "device", "save_seconds", "timeout"):
-            del content[free]
-        # The step's batch is what matters, not how many processes share it.
-        for stage in ("sft", "rl", "bilevel"):
-            content[stage]["users"] *= self.processes.world
+        free = "out data minutes resume device save_seconds parallel timeout"
+        for name in free.split():
+            del content[name]
+        for stage in ("sft", "bilevel", "rl"):
+            if stage == "sft" or stage in self.config.stages:
+                # The step's batch is what matters, not how many processes share it.
+                content[stage]["users"] *= self.processes.world
+            else:
+                del content[stage]
         return {"config": json.dumps(content, sort_keys=True), "data": self.source["fingerprint"]}
 
     def due(self) -> bool:
