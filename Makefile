@@ -54,8 +54,8 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/bench_tokenizer.py
 	$(BIN)/python bench/bench_data.py
 
-CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
-PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
+PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench examples
 
 format: $(VENV)/linters
 	$(BIN)/clang-format -i $(CXX_SOURCES)

@@ -1,4 +1,4 @@
-"""The ``genrec`` command: demo, train, evaluate, compare, recommend, tokenize, data, info.
+"""The ``genrec`` command: demo, train, evaluate, compare, recommend, export, tokenize, data, info.
 
 Parses arguments, calls ``training``, ``tokenizers`` or ``data`` and prints; no logic lives here.
 """
@@ -146,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("-k", type=_positive(int), default=10, help="how many (default: 10)")
     recommend.add_argument("--unseen", action="store_true", help="leave out items of the history")
     recommend.add_argument("--json", action="store_true", help="print JSON")
+
+    export = commands.add_parser(
+        "export", help="a run's model as safetensors and JSON, with a model card"
+    )
+    export.add_argument("run", help="run folder")
+    export.add_argument("--out", required=True, help="the folder to write")
+    export.add_argument("--license", help="of the model, for the card, such as apache-2.0")
 
     tokenize = commands.add_parser("tokenize", help="semantic IDs for a catalogue")
     tokenize.add_argument(
@@ -313,6 +320,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"genrec: {clock}", file=sys.stderr)  # the figures alone can be read by a program
     elif arguments.command == "compare":
         return _compare(arguments)
+    elif arguments.command == "export":
+        for path in training.export(arguments.run, arguments.out, license=arguments.license):
+            print(path)
     else:
         found = training.recommend(
             arguments.run, arguments.history.split(","), arguments.k, unseen=arguments.unseen

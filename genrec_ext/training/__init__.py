@@ -9,6 +9,7 @@ from .bilevel import BilevelConfig, BilevelTrainer
 from .compare import compare_runs
 from .config import TrainConfig
 from .evaluation import DecodeClock
+from .export import export
 from .loop import summary, train
 from .rl import RLConfig, SageTrainer
 from .run import evaluate, recommend
@@ -25,6 +26,7 @@ __all__ = [
     "TrainConfig",
     "compare_runs",
     "evaluate",
+    "export",
     "recommend",
     "settings",
     "summary",

@@ -64,8 +64,13 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """A text, replaced in one step."""
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Any file, replaced in one step."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 # ---- the checkpoints of a run ----

@@ -52,11 +52,15 @@ def save(
 
 
 def load(folder: str | Path, device: str = "cpu") -> Run:
-    """Opens a run folder.
+    """Opens a run folder, or what :func:`genrec_ext.training.export` made of one.
 
     Raises:
-        CheckpointError: there is no usable ``model.pt``.
+        CheckpointError: there is no usable ``model.pt``, nor an export.
     """
+    from .export import CONFIG, load_export
+
+    if not (Path(folder) / MODEL_FILE).exists() and (Path(folder) / CONFIG).exists():
+        return load_export(Path(folder), device)
     content = checkpoint.load(Path(folder) / MODEL_FILE)
     state = content["model"]
     model = CompactRecommender(
