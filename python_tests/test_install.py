@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -28,23 +30,17 @@ def run(*command, cwd=None, env=None, log=False):
     return result.stdout + result.stderr if log else result.stdout
 
 
+def command(name):
+    """A program of this environment, whose folder may not be on PATH."""
+    return Path(sys.executable).with_name(name)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """The files of this checkout, without what was built in it."""
     target = tmp_path_factory.mktemp("checkout") / "genrec"
-    for name in (
-        "CMakeLists.txt",
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "_genrec_command.py",
-    ):
-        target.mkdir(exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "genrec_ext", "third_party"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    skipped = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist", "runs")
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*skipped))
     return target
 
 
@@ -65,10 +61,62 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def installed(checkout, environment):
-    """(environment, the log of `pip install . -vv`, with what the build printed)."""
+def sdist(checkout, tmp_path_factory):
+    """The source distribution, and nothing else."""
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, cwd=checkout)
+    (archive,) = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, environment, tmp_path_factory):
+    """(the wheel that the source distribution builds, what the build printed)."""
+    out, python = tmp_path_factory.mktemp("wheel"), environment / "bin" / "python"
+    words = (python, "-m", "pip", "wheel", "-vv", "--no-deps", "--wheel-dir", out, sdist)
+    log = run(*words, cwd=out, log=True)
+    (built,) = out.glob("*.whl")
+    return built, log
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, environment):
+    """(environment, what building and installing printed)."""
+    built, log = wheel
     python = environment / "bin" / "python"
-    return environment, run(python, "-m", "pip", "install", "-vv", ".", cwd=checkout, log=True)
+    return environment, log + run(python, "-m", "pip", "install", built, log=True)
+
+
+def test_the_source_distribution_has_what_builds_tests_and_explains(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
+    wanted = {name for name in tracked if name and not name.startswith(".")}
+    if not wanted:
+        pytest.skip("not a git checkout")
+    assert not wanted - names, "not in the source distribution"
+    assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+def test_the_wheel_needs_no_library_but_the_system_s_and_torch(wheel):
+    built, _ = wheel
+    said = run(command("auditwheel"), "show", built, env={"COLUMNS": "10000"})
+    tag = re.search(r"manylinux_2_(\d+)_x86_64", " ".join(said.split()))
+    assert tag, said  # an absolute path or an unknown library would leave linux_x86_64 alone
+    here = int(platform.libc_ver()[1].split(".")[1])
+    assert int(tag[1]) <= here
+
+
+def test_the_operators_keep_to_torch_s_stable_abi(installed):
+    environment, _ = installed
+    (library,) = environment.glob("lib/python*/site-packages/genrec_ext/libgenrec_cpu.so")
+    found = json.loads(run(command("torch-abi-audit"), library, "--json"))
+    (audited,) = found["bundled_libs"]
+    assert audited["torch"]["stable"] and not audited["torch"]["unstable_symbols"]
+    assert audited["torch"]["min_torch_version"] == "2.11.0"
 
 
 def test_install_takes_the_torch_that_is_there(installed):
