@@ -7,6 +7,7 @@
 #   make bench    the benchmarks, into bench/results/
 #   make format   rewrite sources in the project's style
 #   make lint     check style and types
+#   make docs     the documentation's site, into build/site
 #   make wheel    a wheel and a source distribution, into dist/
 #
 # PYTHON picks the interpreter, VENV the environment, TORCH what is installed as
@@ -19,7 +20,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := $(shell git ls-files csrc genrec_ext third_party '*.py' CMakeLists.txt pyproject.toml)
 
-.PHONY: demo test bench format lint wheel clean install
+.PHONY: demo test bench format lint docs wheel clean install
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +57,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/bench_data.py
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
-PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench examples
+PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench examples docs
 
 format: $(VENV)/linters
 	$(BIN)/clang-format -i $(CXX_SOURCES)
@@ -69,6 +70,10 @@ lint: $(VENV)/linters $(VENV)/installed
 	$(BIN)/ruff format --check $(PY_SOURCES)
 	$(BIN)/ruff check $(PY_SOURCES)
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/pip install --progress-bar off ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Tagged with the oldest glibc that it runs with, which is this machine's or an older one: build on
 # an old system for many.  Torch's libraries stay outside: they are found in the torch that is there.
