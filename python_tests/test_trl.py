@@ -288,6 +288,13 @@ def test_ratio_is_one_at_first_and_leaves_it_on_stale_rollouts(rollout, tmp_path
     assert all(abs(ratios[step] - 1) > 1e-4 for step in (1, 2, 4, 5))
 
 
+def test_dropout_does_not_enter_the_ratio(tmp_path):
+    sage = trainer(tmp_path, tiny(attention_dropout=0.5))
+    sage.train()
+    ratios = [line["sage/ratio"] for line in sage.state.log_history if "sage/ratio" in line]
+    assert ratios == pytest.approx([1.0], abs=2e-5)
+
+
 def test_accumulated_batches_make_the_large_batchs_step(tmp_path):
     states = []
     for size, steps in ((16, 1), (4, 4)):

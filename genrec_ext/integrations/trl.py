@@ -312,7 +312,7 @@ class SAGEConfig(GRPOConfig):
 
     Attributes:
         disable_dropout: True, where TRL has False: rollouts are written without dropout, and its
-            noise would enter the importance ratio.
+            noise would enter the importance ratio.  Attention's is switched off too.
         advantage_clamp: largest size of an advantage; None for no bound.
         eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode, kl, objective, clip_low,
             clip_high, early_clip: as in :class:`genrec_ext.SageConfig`.
@@ -446,6 +446,11 @@ class SAGETrainer(GRPOTrainer):
                 **settings,
             )
         self._check_policy()
+        if args.disable_dropout:
+            # TRL switches off modules of dropout; attention has it as a number.
+            for module in self.model.modules():
+                if isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
         self._last_only = _takes_last(_plain_policy(self))
 
     def _check_policy(self) -> None:

@@ -37,8 +37,8 @@ def sage_policy_loss(config: SageConfig | None = None) -> PolicyLoss:
     with ``[B, T]`` tensors: log-probabilities, advantages that are the same for all of a row's
     tokens, and a mask; ``rollout_is_weights``, the same for all of a row's tokens, multiplies the
     row's loss.  It returns ``(loss [], metrics)``, metrics of floats.  The loss is the mean over
-    the sequences that have tokens, or over the whole batch where ``config.global_batch_info`` has its
-    size, as verl's own losses have it.
+    the sequences that have tokens, or over the global batch where ``config.global_batch_info`` has
+    its size, as verl's own losses have it.
 
     List entropy and cold-start potential are not among verl's arguments: every list counts as even
     (no ``entropy_penalty`` acts) and every item has the potential 1, so ``1 + eps_pos + eps_boost``

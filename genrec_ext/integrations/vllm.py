@@ -1,7 +1,7 @@
 """vLLM: logits processors that keep each request on a catalogue's trie.
 
-A server is told its catalogues by ``GENREC_TRIES``, names and files that :meth:`genrec_ext.Trie.save`
-wrote, and is given the class by name::
+A server is told its catalogues by ``GENREC_TRIES``, names and the files that ``Trie.save`` wrote,
+and is given the class by name::
 
     GENREC_TRIES=office=/data/office.trie vllm serve MODEL \\
         --logits-processors genrec_ext.integrations.vllm:TrieLogitsProcessorV2
@@ -113,10 +113,9 @@ class _OnTrie:
         columns, begin = trie.allowed(generated.shape[1], nodes)
         fan = begin.diff()
         if bool((fan == 0).any()):
-            row = int((fan == 0).nonzero()[0])
+            lost = generated[int((fan == 0).nonzero()[0])].tolist()
             raise RuntimeError(
-                f"a request for {name!r} has left its trie: the tokens {generated[row].tolist()} "
-                "begin no item"
+                f"a request for {name!r} has left its trie: the tokens {lost} begin no item"
             )
         row = rows.repeat_interleave(fan)
         kept = logits[row, columns]
@@ -124,7 +123,7 @@ class _OnTrie:
         logits[row, columns] = kept
 
 
-class _ProcessorV1(_OnTrie):
+class ProcessorV1(_OnTrie):
     """Masks logits to a trie, for vLLM's first model runner (``VLLM_USE_V2_MODEL_RUNNER=0``).
 
     A request's tokens are read from the list that vLLM keeps of them, so nothing of a request is
@@ -184,11 +183,11 @@ class _ProcessorV1(_OnTrie):
             if length < self._tries[name].levels:
                 rows = torch.tensor([index for index, _ in members], device=logits.device)
                 tokens = torch.tensor([list(output) for _, output in members], dtype=torch.int64)
-                self._keep(logits, name, rows, tokens.view(-1, length).to(logits.device))
+                self._keep(logits, name, rows, tokens.view(len(members), length).to(logits.device))
         return logits
 
 
-class _ProcessorV2(_OnTrie):
+class ProcessorV2(_OnTrie):
     """Masks logits to a trie, for vLLM's second model runner.
 
     A request is known by its slot, and its tokens are read where vLLM keeps them on the device.
@@ -236,18 +235,17 @@ class _ProcessorV2(_OnTrie):
                 groups[name, int(length - prompt_len[slot])].append((row, slot))
         for (name, length), members in groups.items():
             if length < self._tries[name].levels:
-                place = torch.tensor(members, device=logits.device)
-                slots = place[:, 1]
-                begin = torch.as_tensor(prompt_len[slots.cpu().numpy()], device=logits.device)
-                at = begin.long().unsqueeze(1) + torch.arange(length, device=logits.device)
-                tokens = self._states.all_token_ids.gpu[slots.unsqueeze(1), at].long()
-                self._keep(logits, name, place[:, 0], tokens)
+                rows, slots = torch.tensor(members, device=logits.device).T
+                begin = torch.tensor([int(prompt_len[slot]) for _, slot in members])
+                at = begin.unsqueeze(1) + torch.arange(length)
+                tokens = self._states.all_token_ids.gpu[slots.unsqueeze(1), at.to(logits.device)]
+                self._keep(logits, name, rows, tokens.long())
         return logits
 
 
 _CLASSES = {
-    "TrieLogitsProcessor": (_ProcessorV1, "vllm.v1.sample.logits_processor"),
-    "TrieLogitsProcessorV2": (_ProcessorV2, "vllm.v1.worker.gpu.sample.logits_processor"),
+    "TrieLogitsProcessor": (ProcessorV1, "vllm.v1.sample.logits_processor"),
+    "TrieLogitsProcessorV2": (ProcessorV2, "vllm.v1.worker.gpu.sample.logits_processor"),
 }
 
 
