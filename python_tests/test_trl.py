@@ -1,12 +1,16 @@
 """SAGETrainer and its rollouts, against explicit softmaxes and the reference loss."""
 
 import dataclasses
+import importlib
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from datasets import Dataset
@@ -15,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from genrec_ext import SageConfig, Trie, metrics, reference
+from genrec_ext import SageConfig, Trie, data, metrics, reference
 from genrec_ext.integrations.hf import beam_search_hf
 from genrec_ext.integrations.trl import SAGEConfig, SAGETrainer, beam_rollout, sample_rollout
 
@@ -101,6 +105,11 @@ def explicit_logps(model, prompt, completion, temperature=1.0):
         row = logits[len(prompt) - 1 + level, columns]
         scores.append(row.log_softmax(0)[columns.index(completion[level])].item())
     return scores
+
+
+def test_this_is_the_version_that_was_asked_for():
+    """python_tests/test_trl_range.py runs these tests with another one."""
+    assert trl.__version__ == os.environ.get("GENREC_TRL", trl.__version__)
 
 
 # ---- rollouts ----
@@ -443,3 +452,34 @@ def test_config_has_the_settings_of_the_objective():
     for item in dataclasses.fields(SageConfig):
         if item.name not in ("kl_weight", "reduction"):
             assert ours[item.name] == item.default, item.name
+
+
+# ---- the example ----
+
+
+def test_the_example_runs_on_the_generated_catalogue(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
+    example = importlib.import_module("trl_sage")
+    given = "--epochs 1 --steps 4 --updates 2 --prompts 4 --users 100 --rollout beam"
+    before, after = example.main([*given.split(), "--out", str(tmp_path)])
+    for found in (before, after):
+        assert 0 <= found["recall"] <= 1 and 0 < found["list_entropy"] <= 1
+        assert 0 < found["coverage"] <= 1
+    assert before != after
+
+
+def test_the_examples_rewards_are_their_definitions(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
+    example = importlib.import_module("trl_sage")
+    codes = np.array([[0, 0], [0, 1], [1, 0], [2, 1]])
+    split = data.Split([np.array([0] * 20 + [1, 2])], np.array([3]), np.array([3]), num_items=4)
+    shop = example.Shop("tiny", split, codes, [2, 5], [None] * 7)  # seven words
+    near, hit, rare, variety = example.rewards(shop, 2)
+    # Items 0 and 1 for target 1, then 2 and something that is no item for target 0.
+    rows = {"completion_ids": [[2, 5], [2, 6], [3, 5], [2]], "target": [1, 1, 0, 0]}
+    assert near(**rows) == [0.5, 1.0, 0.0, 0.5]
+    assert hit(**rows) == [0.0, 1.0, 0.0, 0.0]
+    assert rare(**rows) == [0.0, 1.0, None, None]  # item 0 has been seen often
+    assert variety(**rows) == [0.0, 0.0, 1.0, 1.0]
+    boost = example.potential(shop)
+    assert boost[0] == 0 and boost[3] == 1 and 0 < boost[1] < 1
