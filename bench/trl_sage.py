@@ -31,7 +31,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from genrec_ext import Trie, metrics
 from genrec_ext.data import Split, generate, leave_one_out, load
 from genrec_ext.integrations.hf import beam_search_hf
-from genrec_ext.integrations.trl import SAGEConfig, SAGETrainer, beam_rollout, sample_rollout
+from genrec_ext.integrations.trl import (
+    SAGEConfig,
+    SAGETrainer,
+    beam_rollout,
+    policy_of,
+    sample_rollout,
+)
 from genrec_ext.tokenizers import tokenize
 
 K = 10
@@ -294,7 +300,7 @@ def main(given: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str
         potential=potential(shop),
     )
     trainer.train()
-    after = evaluate(model, shop, "test", arguments.users)
+    after = evaluate(policy_of(trainer), shop, "test", arguments.users)
     print(f"{shop.name}, then SAGE: {line(after)} ({time.monotonic() - began:.0f} s)")
     return before, after
 

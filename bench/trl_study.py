@@ -46,7 +46,13 @@ from trl_sage import (
     warm_up,
 )
 
-from genrec_ext.integrations.trl import SAGEConfig, SAGETrainer, beam_rollout, sample_rollout
+from genrec_ext.integrations.trl import (
+    SAGEConfig,
+    SAGETrainer,
+    beam_rollout,
+    policy_of,
+    sample_rollout,
+)
 
 START = "start"
 OBJECTIVES: dict[str, tuple[type, type, dict[str, Any], str | None]] = {
@@ -96,8 +102,10 @@ def start(shop: Shop, arguments: argparse.Namespace) -> Any:
     return Qwen3ForCausalLM.from_pretrained(folder).eval()
 
 
-def tune(model: Any, shop: Shop, method: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Fine-tunes in place; what the last steps logged."""
+def tune(
+    model: Any, shop: Shop, method: str, arguments: argparse.Namespace
+) -> tuple[Any, dict[str, float]]:
+    """The model after fine-tuning, and what the last steps logged."""
     trainer_type, config_type, own, rollout = OBJECTIVES[method]
     more: dict[str, Any] = {}
     if rollout is not None:
@@ -116,13 +124,16 @@ def tune(model: Any, shop: Shop, method: str, arguments: argparse.Namespace) -> 
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "rewards/near/mean" in entry]
     names = [f"rewards/{name}/mean" for name in ("near", "hit", "variety")]
-    return {name: float(np.mean([entry[name] for entry in logged[-2:]])) for name in names}
+    last = {name: float(np.mean([entry[name] for entry in logged[-2:]])) for name in names}
+    return policy_of(trainer), last
 
 
 def run(shop: Shop, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model = start(shop, arguments)
     began = time.monotonic()
-    logged = {} if method == START else tune(model, shop, method, arguments)
+    logged: dict[str, float] = {}
+    if method != START:
+        model, logged = tune(model, shop, method, arguments)
     seconds = time.monotonic() - began
     found = evaluate(model, shop, "test", arguments.users)
     return {"method": method, "seed": arguments.seed, "seconds": seconds, **found, **logged}

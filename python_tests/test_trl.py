@@ -21,7 +21,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from genrec_ext import SageConfig, Trie, data, metrics, reference
 from genrec_ext.integrations.hf import beam_search_hf
-from genrec_ext.integrations.trl import SAGEConfig, SAGETrainer, beam_rollout, sample_rollout
+from genrec_ext.integrations.trl import (
+    SAGEConfig,
+    SAGETrainer,
+    beam_rollout,
+    policy_of,
+    sample_rollout,
+)
 
 PAD, EOS, FIRST, K, L = 0, 1, 4, 5, 3
 """Token ids: padding, end, two words below FIRST, semantic IDs from there, K a level."""
@@ -384,6 +390,21 @@ def test_evaluation_scores_lists_too(tmp_path):
     found = sage.state.log_history[-1]
     assert found["eval_sage/ratio"] == pytest.approx(1.0, abs=2e-5)
     assert 0 <= found["eval_rewards/even/mean"] <= 1
+
+
+@pytest.mark.parametrize("kind", (SAGETrainer, GRPOTrainer))
+def test_the_trained_policy_can_be_decoded(kind, tmp_path):
+    sage = trainer(tmp_path, kind=kind)
+    sage.train()
+    ids = torch.tensor([[2, 3]])
+    found = beam_search_hf(policy_of(sage).eval(), TRIE, 5, ids, softmax="children")
+    model = tiny().eval()
+    model.load_state_dict(sage.model.state_dict())
+    want = beam_search_hf(model, TRIE, 5, ids, softmax="children")
+    assert found.items.equal(want.items)
+    torch.testing.assert_close(found.scores, want.scores)
+    first = beam_search_hf(tiny().eval(), TRIE, 5, ids, softmax="children")
+    assert not torch.allclose(first.scores, want.scores)
 
 
 def test_training_raises_the_reward(tmp_path):

@@ -53,7 +53,14 @@ if Version(trl.__version__) >= Version(BEYOND):
         stacklevel=2,
     )
 
-__all__ = ["SAGEConfig", "SAGETrainer", "TrieRollout", "beam_rollout", "sample_rollout"]
+__all__ = [
+    "SAGEConfig",
+    "SAGETrainer",
+    "TrieRollout",
+    "beam_rollout",
+    "policy_of",
+    "sample_rollout",
+]
 
 _OBJECTIVE = tuple(
     item.name
@@ -150,7 +157,7 @@ class TrieRollout:
         padded, mask = _left_padded(ids, trainer.processing_class.pad_token_id, device)
         with _evaluating(trainer.model), trainer.accelerator.autocast():
             items, codes, logps = self._lists(
-                _plain_policy(trainer), width, padded, mask, trainer.temperature
+                policy_of(trainer), width, padded, mask, trainer.temperature
             )
         offsets = torch.tensor(trie.level_offsets or [0] * trie.levels, device=device)
         return {
@@ -288,8 +295,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _plain_policy(trainer: Any) -> Any:
-    """The trainer's model, adapters in place, without what TRL and accelerate put before it."""
+def policy_of(trainer: Any) -> Any:
+    """A trainer's model as genrec's decoders take it, for evaluation after training.
+
+    TRL and accelerate put functions of their own before a model's ``forward``, which
+    :func:`genrec_ext.integrations.hf.beam_search_hf` refuses.  This is the model without them: it
+    shares all weights with the trainer's, with adapters in place.
+
+    Args:
+        trainer: a ``SAGETrainer`` or any other ``GRPOTrainer``.
+
+    Returns:
+        A transformers model; training goes on to change it.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         model = model.get_base_model()
@@ -451,7 +469,7 @@ class SAGETrainer(GRPOTrainer):
             for module in self.model.modules():
                 if isinstance(getattr(module, "attention_dropout", None), float):
                     module.attention_dropout = 0.0
-        self._last_only = _takes_last(_plain_policy(self))
+        self._last_only = _takes_last(policy_of(self))
 
     def _check_policy(self) -> None:
         """Refuses models whose policy the rollouts could not see as the loss does."""
@@ -471,7 +489,7 @@ class SAGETrainer(GRPOTrainer):
                 "router_aux_loss_coef must be 0, the loss is SAGE's alone, got "
                 f"{self.router_aux_loss_coef}"
             )
-        _check_trie(_plain_policy(self), cast(TrieRollout, self.rollout_func).trie)
+        _check_trie(policy_of(self), cast(TrieRollout, self.rollout_func).trie)
 
     # ---- what a rollout is worth ----
 
