@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +17,12 @@ pytest.importorskip("peft")
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from genrec_ext import SageConfig, Trie, data, metrics, reference
@@ -76,22 +82,26 @@ def small(completions, items, **_):
     return [None if item % 5 == 0 else item / 40 for item in items]
 
 
+def settings_of(tmp_path, **config):
+    return {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 8, "num_generations": G,
+        "max_completion_length": L, "max_steps": 1, "learning_rate": 1e-2, "report_to": [],
+        "use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": True, "gradient_checkpointing": False, **config,
+    }  # fmt: skip
+
+
 def trainer(
     tmp_path, model=None, rollout=None, kind=SAGETrainer, settings=None, rewards=(even, small),
-    **config,
+    prompts=PROMPTS, **config,
 ):  # fmt: skip
-    config = {
-        "per_device_train_batch_size": 8, "num_generations": G, "max_completion_length": L,
-        "max_steps": 1, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "bf16": False,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "gradient_checkpointing": False, **config,
-    }  # fmt: skip
-    args = (SAGEConfig if kind is SAGETrainer else GRPOConfig)(str(tmp_path), **config)
+    config_type = SAGEConfig if kind is SAGETrainer else GRPOConfig
+    args = config_type(**settings_of(tmp_path, **config))
     return kind(
         tiny() if model is None else model,
         list(rewards),
         args,
-        Dataset.from_dict({"prompt": PROMPTS}),
+        Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer(),
         rollout_func=rollout or sample_rollout(TRIE),
         **(settings or {}),
@@ -160,6 +170,43 @@ def test_rollouts_are_items_with_the_constrained_policys_log_probabilities(
         first = sage.rollout_func(prompts, sage)["items"]
         torch.manual_seed(5)
         assert sage.rollout_func(prompts, sage)["items"] == first
+
+
+@pytest.mark.parametrize("make", (sample_rollout, beam_rollout))
+def test_lists_longer_than_a_levels_choices_are_whole(make, tmp_path):
+    """Until the catalogue is exhausted."""
+    sage = trainer(tmp_path, rollout=make(TRIE), num_generations=40, per_device_train_batch_size=40)
+    sage.model.train()
+    out = sage.rollout_func(["x y"] * 40, sage)
+    assert sorted(out["items"]) == list(range(40))
+    for row in (0, 17, 39):
+        want = explicit_logps(sage.model, out["prompt_ids"][row], out["completion_ids"][row])
+        assert out["logprobs"][row] == pytest.approx(want, abs=2e-5)
+
+
+def test_conversations_are_tokenised_as_trl_does(tmp_path):
+    reader = tokenizer()
+    reader.chat_template = (
+        "{% for m in messages %}x {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}y{% endif %}"
+    )
+    prompts = [[{"role": "user", "content": text}] for text in ("y x", "y")]
+    sage = SAGETrainer(
+        tiny(), [even], SAGEConfig(**settings_of(tmp_path)), Dataset.from_dict({"prompt": prompts}),
+        processing_class=reader, rollout_func=sample_rollout(TRIE),
+    )  # fmt: skip
+    sage.model.train()
+    out = sage.rollout_func([prompt for prompt in prompts for _ in range(G)], sage)
+    assert out["prompt_ids"][0] == [2, 3, 2, 3] and out["prompt_ids"][G] == [2, 3, 3]
+    sage.train()
+    assert sage.state.log_history[0]["sage/ratio"] == pytest.approx(1.0, abs=2e-5)
+
+
+def test_bfloat16_begins_near_a_ratio_of_one(tmp_path):
+    sage = trainer(tmp_path, bf16=True, max_steps=2)
+    sage.train()
+    ratios = [line["sage/ratio"] for line in sage.state.log_history if "sage/ratio" in line]
+    assert ratios == pytest.approx([1.0, 1.0], abs=0.03)
 
 
 def test_draws_follow_the_policy(tmp_path):
@@ -392,6 +439,18 @@ def test_evaluation_scores_lists_too(tmp_path):
     assert 0 <= found["eval_rewards/even/mean"] <= 1
 
 
+def test_a_checkpoint_is_taken_up_to_the_same_weights(tmp_path):
+    """Draws follow torch's generator, which the checkpoint holds, here in the midst of an epoch."""
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "prompts": PROMPTS * 4}
+    whole = trainer(tmp_path, **config)
+    whole.train()
+    after = [p.detach().clone() for p in whole.model.parameters()]
+    resumed = trainer(tmp_path, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for ours, theirs in zip(resumed.model.parameters(), after):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", (SAGETrainer, GRPOTrainer))
 def test_the_trained_policy_can_be_decoded(kind, tmp_path):
     sage = trainer(tmp_path, kind=kind)
@@ -466,6 +525,15 @@ def test_other_rollouts_and_configs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="token ids below 21"):
         outside = Trie.from_items([[4, 90], [5, 90], [6, 90], [7, 90]])
         trainer(tmp_path, rollout=sample_rollout(outside))
+
+
+def test_config_reads_a_command_line(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--eps_boost", "0.1", "--bounded", "false"]
+    given += ["--advantage_clamp", "4", "--objective", "gbpo", "--bf16", "false"]
+    (config,) = HfArgumentParser(SAGEConfig).parse_args_into_dataclasses(given)
+    want = SageConfig(eps_boost=0.1, bounded=False, objective="gbpo")
+    assert config.sage() == want and config.advantage_clamp == 4.0
+    assert json.loads(config.to_json_string())["eps_boost"] == 0.1
 
 
 def test_config_has_the_settings_of_the_objective():
