@@ -37,7 +37,13 @@ def pytest_configure(config):
 
 
 # Files that take minutes: where files are shared among processes, these are begun first.
-LONG = ("test_simulator.py", "test_install.py", "test_trie_exhaustive.py", "test_hf_losses.py")
+LONG = (
+    "test_simulator.py",
+    "test_install.py",
+    "test_trie_exhaustive.py",
+    "test_hf_losses.py",
+    "test_trl_range.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import genrec_ext
-from genrec_ext import Trie, beam_search
+from genrec_ext import Trie, beam_search, sample_items
 from genrec_ext.integrations import hf
 
 V, PAD, EOS, FIRST = 64, 0, 1, 8
@@ -158,11 +158,10 @@ def by_us(model, given, trie, width, **settings):
     )
 
 
-def without_cache(model, given, trie, width, softmax="vocab", **settings):
-    """genrec's search over whole sequences: every beam's tokens go through the model afresh."""
+def fresh_step(model, given):
+    """A step over whole sequences: every beam's tokens go through the model afresh."""
     ids, mask = given["input_ids"], given["attention_mask"]
-    users = len(ids)
-    written = torch.empty(users, 1, 0, dtype=torch.int64)
+    written = torch.empty(len(ids), 1, 0, dtype=torch.int64)
 
     def step(level, parent, token):
         nonlocal written
@@ -184,6 +183,13 @@ def without_cache(model, given, trie, width, softmax="vocab", **settings):
                 out = model(input_ids=whole, attention_mask=seen, position_ids=place)
         return out.logits[:, -1]
 
+    return step
+
+
+def without_cache(model, given, trie, width, softmax="vocab", **settings):
+    """genrec's search over whole sequences."""
+    users = len(given["input_ids"])
+    step = fresh_step(model, given)
     return beam_search(step, trie, width, users=users, softmax=softmax, **settings)
 
 
@@ -230,6 +236,22 @@ def test_every_softmax_equals_a_search_without_cache(family, attention, softmax)
         got = hf.beam_search_hf(model, trie, 9, **given, softmax=softmax, temperature=1.3)
         want = without_cache(model, given, trie, 9, softmax=softmax, temperature=1.3)
         assert_same_search(got, want)
+
+
+@pytest.mark.parametrize("softmax", ("vocab", "level", "children"))
+@pytest.mark.parametrize(("family", "attention"), VARIANTS)
+def test_draws_equal_those_without_cache(family, attention, softmax):
+    model = tiny(family, attention)
+    for seed in range(3):
+        trie, given = catalogue(seed + 20, L=3, N=40), prompts(seed + 20)
+        settings = {"seed": seed, "softmax": softmax, "temperature": 1.3}
+        got = hf.sample_items_hf(model, trie, 9, **given, **settings)
+        want = sample_items(fresh_step(model, given), trie, 9, users=3, **settings)
+        assert got.items.tolist() == want.items.tolist()
+        for name in ("scores", "token_logps", "log_probs", "perturbed"):
+            ours, theirs = getattr(got, name), getattr(want, name)
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)
+    assert len(set(got.items[0].tolist())) == 9
 
 
 @given(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+NEEDS = {"hf": ("transformers", "accelerate"), "trl": ("trl",)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -34,9 +35,10 @@ def test_pictures_and_links_exist():
 def test_pages_run_and_point_to_what_exists(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may write files
     text = page.read_text()
-    for module in ("transformers", "accelerate"):
-        if "integrations.hf" in text:
-            pytest.importorskip(module)
+    for integration, modules in NEEDS.items():
+        if f"integrations.{integration}" in text:
+            for module in modules:
+                pytest.importorskip(module)
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(block, str(page), "exec"), namespace)

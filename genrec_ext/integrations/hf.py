@@ -1,8 +1,9 @@
 """Hugging Face transformers: a catalogue's items from ``generate``.
 
-:func:`sid_beam_search` replaces ``generate``'s beam search.  Each user's prompt is computed once
-and its keys and values stay where they are: the beams of a user are queries of one row, and an
-attention mask lets each see the prompt and its own ancestors (docs/decoding.md).
+:func:`sid_beam_search` replaces ``generate``'s beam search; :func:`sample_items_hf` draws items.
+Each user's prompt is computed once and its keys and values stay where they are: the beams of a user
+are queries of one row, and an attention mask lets each see the prompt and its own ancestors
+(docs/decoding.md).
 :class:`TrieLogitsProcessor` and :func:`prefix_allowed_tokens_fn` constrain transformers' own
 searches instead.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..decode import BeamResult, StepFn, beam_search
+from ..decode import BeamResult, SampleResult, StepFn, beam_search, sample_items
 from ..filters import ItemFilter
 from ..trie import Trie
 
@@ -251,11 +252,120 @@ def beam_search_hf(
     >>> found.items.sort().values.tolist()
     [[0, 1, 2], [0, 1, 2]]
     """
+    _check_unknown(model_kwargs)
+    step, columns, users = trie_step(
+        model,
+        trie,
+        width,
+        softmax,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        encoder_outputs=encoder_outputs,
+        decoder_input_ids=decoder_input_ids,
+    )
+    return beam_search(
+        step,
+        columns,
+        width,
+        users=users,
+        softmax=softmax,
+        temperature=temperature,
+        forbidden=forbidden,
+    )
+
+
+@torch.no_grad()
+def sample_items_hf(
+    model: Any,
+    trie: Trie,
+    width: int,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    seed: int,
+    softmax: str = "children",
+    temperature: float = 1.0,
+    forbidden: Tensor | ItemFilter | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_outputs: Any = None,
+    decoder_input_ids: Tensor | None = None,
+    **model_kwargs: Any,
+) -> SampleResult:
+    """:func:`genrec_ext.sample_items` with a transformers model as the step.
+
+    Draws without replacement from the model's constrained policy, with the log-probability of each
+    token; models, caches and prompts are as in :func:`beam_search_hf`.
+
+    Args:
+        model, trie, width, input_ids, attention_mask, position_ids, inputs_embeds, encoder_outputs,
+            decoder_input_ids, model_kwargs: as in :func:`beam_search_hf`; ``width`` draws a user.
+        seed, temperature, forbidden: as in :func:`genrec_ext.sample_items`.
+        softmax: what ``token_logps`` and ``scores`` are normalised over; only ``"vocab"`` computes
+            more of the model's head than a level's rows.
+
+    Returns:
+        :class:`SampleResult`.
+
+    Raises:
+        ValueError: the model is not supported, or an argument does not fit; says which.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=1, **small)).eval()
+    >>> trie = Trie.from_items([[4, 6], [4, 7], [5, 6]])
+    >>> drawn = sample_items_hf(model, trie, 3, torch.tensor([[1, 2], [3, 3]]), seed=0)
+    >>> drawn.items.sort().values.tolist()
+    [[0, 1, 2], [0, 1, 2]]
+    """
+    _check_unknown(model_kwargs)
+    step, columns, users = trie_step(
+        model,
+        trie,
+        width,
+        softmax,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        encoder_outputs=encoder_outputs,
+        decoder_input_ids=decoder_input_ids,
+    )
+    return sample_items(
+        step,
+        columns,
+        width,
+        users=users,
+        seed=seed,
+        softmax=softmax,
+        temperature=temperature,
+        forbidden=forbidden,
+    )
+
+
+def trie_step(
+    model: Any,
+    trie: Trie,
+    width: int,
+    softmax: str,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_outputs: Any = None,
+    decoder_input_ids: Tensor | None = None,
+) -> tuple[StepFn, Trie, int]:
+    """A model as the step of a decoder of ``width`` rows a user, once all is known to fit.
+
+    Returns:
+        ``(step_fn, trie, users)``: the step, the trie as the step's logits number its columns (a
+        softmax other than ``"vocab"`` leaves a level's columns alone, counted from 0), and U.
+    """
     if softmax not in _NORMALISERS:
         raise ValueError(f"softmax must be one of {', '.join(_NORMALISERS)}, got {softmax!r}")
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None)
-    if unknown:
-        raise ValueError(f"the search passes nothing on to the model but its inputs, got {unknown}")
     _check_model(model)
     _check_trie(model, trie)
     head = _Head(model, trie, softmax)
@@ -283,15 +393,13 @@ def beam_search_hf(
         given = _one_of(inputs_embeds=inputs_embeds, input_ids=input_ids)
         users = len(next(iter(given.values())))
         step = _causal_step(model, head, trie, width, given, attention_mask, position_ids)
-    return beam_search(
-        step,
-        head.trie,
-        width,
-        users=users,
-        softmax=softmax,
-        temperature=temperature,
-        forbidden=forbidden,
-    )
+    return step, head.trie, users
+
+
+def _check_unknown(model_kwargs: Mapping[str, Any]) -> None:
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None)
+    if unknown:
+        raise ValueError(f"the search passes nothing on to the model but its inputs, got {unknown}")
 
 
 # ---- what is supported ----
@@ -788,6 +896,7 @@ __all__ = [
     "TrieLogitsProcessor",
     "beam_search_hf",
     "prefix_allowed_tokens_fn",
+    "sample_items_hf",
     "sid_beam_search",
     "sid_pairwise_logps",
 ]
