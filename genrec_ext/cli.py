@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         "--metric",
         action="append",
         help="recall@K, ndcg@K, mrr@K or hit@K; cold_, rare_, head_ or tail_ before it for those "
-        "targets alone; may be repeated (default: recall and ndcg at 5 and 10)",
+        "targets alone; coverage@K, entropy@K or gini@K; diversity@10, list_entropy@10, "
+        "tail_share@10 or miscalibration@10; may be repeated (default: recall and ndcg at 5 and "
+        "10)",
     )
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--out", metavar="FILE", help="draw a picture, X.png")

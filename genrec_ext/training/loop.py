@@ -482,7 +482,8 @@ class _Training:
         }
         histories = self.split.test_histories()
         ranking = self.rank_test() if self.ranked is None else self.ranked
-        PerUser.of(ranking, self.data, self.split, self.group).save(self.folder)
+        codes = self.model.codes.cpu().numpy()
+        PerUser.of(ranking, self.data, self.split, codes).save(self.folder)
         items = ranking.items[:, : evaluation.LENGTH]
         report.write(
             self.folder / "report.html",
