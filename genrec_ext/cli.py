@@ -105,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
     )
+    train.add_argument(
+        "--track",
+        action="append",
+        choices=("tensorboard", "trackio", "wandb"),
+        help="send figures there too, as they come; may be repeated (RUN/tensorboard, trackio's "
+        "and wandb's project genrec)",
+    )
 
     evaluate = commands.add_parser("evaluate", help="repeat a run's test figures")
     evaluate.add_argument("run", help="run folder")
@@ -231,7 +238,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
     options = given(
         *("data", "out", "index", "minutes", "epochs", "seed", "device", "stages", "tokenizer"),
-        "split",
+        *("split", "track"),
     )
     bilevel = given("joint", "order", "surgery", "updates_per_epoch")
     if bilevel.get("order", "fd") != "fd":

@@ -14,6 +14,7 @@ from .bilevel import BilevelConfig
 from .objective import ONCE_DIFFERENTIABLE, SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
+from .tracking import TRACKERS
 
 STAGES = ("sft", "bilevel", "rl")
 DEFAULT_STAGES = ("sft", "rl")
@@ -39,7 +40,9 @@ class TrainConfig:
         seed: everything random follows from it.
         device: a torch device.
         stages: some of ``"sft"``, ``"bilevel"`` and ``"rl"``, in this order; rl needs one before.
-        resume: go on from the run folder's checkpoint.
+        resume: go on from the run folder's checkpoint, and with its tracked runs.
+        track: where figures go besides the run folder: some of ``"tensorboard"``, ``"trackio"`` and
+            ``"wandb"``; see :mod:`genrec_ext.training.tracking`.
         patience: validations without improvement after which sft or bilevel ends.
         tokenizer: ``"data"``: the data's own semantic IDs, or residual k-means where they have
             none; ``"rqvae"``: an RQ-VAE over the items' texts, or over what they occur with where
@@ -63,6 +66,7 @@ class TrainConfig:
     device: str = "cpu"
     stages: tuple[str, ...] = DEFAULT_STAGES
     resume: bool = False
+    track: tuple[str, ...] = ()
     patience: int = 4
     tokenizer: str | None = None
     rqvae: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +85,11 @@ class TrainConfig:
             raise ValueError(
                 f"stages must be of {','.join(STAGES)}, in this order, and not rl alone, which "
                 f"fine-tunes what another trained; got {','.join(self.stages)}"
+            )
+        if len(set(self.track)) < len(self.track) or not set(self.track) <= set(TRACKERS):
+            raise ValueError(
+                f"track must be some of {', '.join(TRACKERS)}, each once, got "
+                f"{','.join(self.track)}"
             )
         if self.tokenizer not in (None, *TOKENIZERS):
             raise ValueError(

@@ -24,7 +24,7 @@ from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
 from ..ops import sid_report
 from ..trie import Trie
-from . import checkpoint, evaluation, report, settings
+from . import checkpoint, evaluation, report, settings, tracking
 from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
 from .config import TrainConfig
@@ -47,7 +47,8 @@ _RL_VALIDATIONS = 5
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
-    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoint.pt``,
+    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl`` (line by line as it goes; the same
+    lines go to the trackers of ``config.track``), ``model.pt``, ``checkpoint.pt``,
     ``report.html``, ``test_users.npz`` (what :mod:`genrec_ext.training.per_user` says of each test
     user) and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the content
     of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
@@ -65,6 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for module in ("matplotlib", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
+    tracking.check(config.track)
     return _Training(config).run()
 
 
@@ -190,14 +192,15 @@ class _Training:
         return budget - later - self.seconds()
 
     def note(self, **line: Any) -> None:
-        """A line of ``metrics.jsonl``."""
+        """A line of ``metrics.jsonl`` and of the trackers."""
         line["seconds"] = round(self.seconds(), 2)
         self.log.append(line)
+        self.journal.note(line)
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to resume the other."""
         content = self.config.as_json()
-        for free in ("out", "data", "minutes", "resume", "device"):
+        for free in ("out", "data", "minutes", "resume", "device", "track"):
             del content[free]
         return {"config": json.dumps(content, sort_keys=True), "data": self.source["fingerprint"]}
 
@@ -218,8 +221,6 @@ class _Training:
                 "seconds": self.seconds(),
             },
         )
-        lines = "".join(json.dumps(line) + "\n" for line in self.log)
-        (self.folder / "metrics.jsonl").write_text(lines)
 
     def restored(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None."""
@@ -291,18 +292,22 @@ class _Training:
     # ---- the stages ----
 
     def run(self) -> dict[str, Any]:
-        restored = self.restored()
-        for stage in self.config.stages:
-            if stage in self.stages:
-                continue
-            # A checkpoint is of the stage that it was written in; it may be one just ended.
-            state = restored if restored is not None and restored["stage"] == stage else None
-            restored = None
-            if stage == "rl":
-                self.rl(state)
-            else:
-                self.supervised(stage, state)
-        return self.finish()
+        restored, config = self.restored(), self.config
+        self.journal = tracking.Journal(
+            self.folder, config.track, config.as_json(), self.log, config.resume
+        )
+        with self.journal:
+            for stage in config.stages:
+                if stage in self.stages:
+                    continue
+                # A checkpoint is of the stage that it was written in; it may be one just ended.
+                state = restored if restored is not None and restored["stage"] == stage else None
+                restored = None
+                if stage == "rl":
+                    self.rl(state)
+                else:
+                    self.supervised(stage, state)
+            return self.finish()
 
     def _trainer(self, stage: str) -> SFTTrainer:
         config = self.config
@@ -495,6 +500,7 @@ class _Training:
             self._examples(histories, items),
         )
         checkpoint.save_json(self.folder / "metrics.json", metrics)
+        self.journal.finish({"test": metrics["test"], "baselines": metrics["baselines"]})
         return metrics
 
     def _save_tokenizer(self, tokenizer: tokenizers.RQVAE) -> None:
