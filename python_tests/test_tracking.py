@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import sqlite3
 import struct
@@ -77,6 +78,7 @@ def tracked(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     count = next(int(line) for line in done.stdout.splitlines() if line.isdecimal())
+    (folder / "stderr").write_text(done.stderr)
     return folder / "run", folder / "trackio", count, track
 
 
@@ -105,6 +107,13 @@ def test_a_killed_run_has_all_its_lines(tracked):
     assert [step for stage, step, valid in told if stage == "rl" and not valid] == [1, 2, 3, 4]
     sft = sum(stage == "sft" for stage, _, _ in told)
     assert at_death == sft + 4, "steps 1 to 3 of rl and the validation after 2"
+
+
+@pytest.mark.parametrize("stage, unit", [("sft", "step"), ("rl", "step"), ("test", "user")])
+def test_progress_has_rate_and_remaining_time(tracked, stage, unit):
+    said = (tracked[0].parent / "stderr").read_text()
+    known = rf"{stage}\b[^\r\n]* \d+/\d+ \[\d+:\d+<\d+:\d+, +[\d.k]+({unit}/s|s/{unit})"
+    assert re.search(known, said)
 
 
 def test_tensorboard_has_each_figure_once(tracked):

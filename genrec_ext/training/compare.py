@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from .. import metrics as metrics_module
-from . import per_user, report
+from . import figures as drawing
+from . import per_user
 from .per_user import PerUser
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -137,7 +138,7 @@ def plot(comparison: dict[str, Any], path: str | Path) -> None:
     if len(rows) > 1:
         parts.append(("differences", "difference", rows[1:]))
     height = sum(0.9 + 0.35 * len(shown) for _, _, shown in parts)
-    figure, axes = report.canvas(2 + 3.2 * len(names), height, len(names), len(parts))
+    figure, axes = drawing.canvas(2 + 3.2 * len(names), height, len(names), len(parts))
     axes = np.reshape(axes, (len(parts), len(names)))
     for line, (part, centre, shown) in zip(axes, parts, strict=True):
         place = np.arange(len(shown))[::-1]
@@ -146,13 +147,13 @@ def plot(comparison: dict[str, Any], path: str | Path) -> None:
                 if found := row[part].get(metric):
                     mean, low, high = found[centre], found["low"], found["high"]
                     sure = part == "differences" and not low <= 0 <= high
-                    color = report.ORANGE if sure else report.BLUE
+                    color = drawing.ORANGE if sure else drawing.BLUE
                     ax.plot([low, high], [at, at], color=color, lw=2)
                     ax.plot(mean, at, color=color, marker="o", ms=5)
             ax.set_yticks(place, [row["name"] for row in shown] if ax is line[0] else [])
             ax.set(ylim=(-0.6, len(shown) - 0.4))
             if part == "differences":
-                ax.axvline(0, color=report.GREY, lw=1)
+                ax.axvline(0, color=drawing.GREY, lw=1)
                 ax.set(xlabel=f"{metric}, minus {rows[0]['name']}")
             else:
                 ax.set(xlabel=metric)

@@ -5,6 +5,7 @@ Reads models and data; writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,18 +164,28 @@ def rank(
     width: int = WIDTH,
     clock: DecodeClock | None = None,
     trace: PrefixTrace | None = None,
+    progress: str | None = None,
 ) -> Ranking:
     """The best k items of each history among the whole catalogue.
 
     Items of the history may be recommended again.  Of items that share a semantic ID, the first
     stands for all; the figures give credit accordingly.  ``clock`` is told how long it took,
-    ``trace`` where each level left the beams.
+    ``trace`` where each level left the beams.  ``progress`` is the name of a bar to show (needs
+    tqdm).
     """
     width = max(k, width)
-    found = [
-        decode(model, trie, histories[start : start + USERS], width, clock=clock, trace=trace)
-        for start in range(0, len(histories), USERS)
-    ]
+    found = []
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if progress is not None:
+            from tqdm import tqdm
+
+            bar = stack.enter_context(tqdm(total=len(histories), desc=progress, unit="user"))
+        for start in range(0, len(histories), USERS):
+            part = histories[start : start + USERS]
+            found.append(decode(model, trie, part, width, clock=clock, trace=trace))
+            if bar is not None:
+                bar.update(len(part))
     return Ranking(
         np.concatenate([part.items[:, :k].cpu().numpy() for part in found]),
         np.concatenate([part.scores[:, :k].cpu().numpy() for part in found]),
@@ -217,11 +228,16 @@ def figures(
 
 
 def rank_test(
-    model: CompactRecommender, trie: Trie, split: Split, clock: DecodeClock | None = None
+    model: CompactRecommender,
+    trie: Trie,
+    split: Split,
+    clock: DecodeClock | None = None,
+    progress: str | None = None,
 ) -> Ranking:
     """The ranking of the test users' items, and what the beams kept of their targets' prefixes."""
     trace = PrefixTrace(trie, model.codes[torch.from_numpy(split.test_targets)])
-    return rank(model, trie, split.test_histories(), k=KS[-1], clock=clock, trace=trace)
+    histories = split.test_histories()
+    return rank(model, trie, histories, KS[-1], clock=clock, trace=trace, progress=progress)
 
 
 def test_figures(ranking: Ranking, split: Split, codes: np.ndarray) -> dict[str, Any]:

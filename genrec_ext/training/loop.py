@@ -6,7 +6,6 @@ themselves are in ``sft`` and ``rl``.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -287,7 +286,7 @@ class _Training:
 
     def rank_test(self) -> evaluation.Ranking:
         """The model's ranking for the test users."""
-        return evaluation.rank_test(self.model, self.trie, self.split)
+        return evaluation.rank_test(self.model, self.trie, self.split, progress="test")
 
     # ---- the stages ----
 
@@ -497,6 +496,8 @@ class _Training:
             items,
             self.counts,
             self.split.test_targets,
+            codes,
+            self._titles(),
             self._examples(histories, items),
         )
         checkpoint.save_json(self.folder / "metrics.json", metrics)
@@ -510,22 +511,25 @@ class _Training:
         tokenizer.cpu().eval().keep(self.embeddings)
         tokenizer.save(self.folder / "tokenizer.safetensors")
 
-    def _examples(
-        self, histories: list[np.ndarray], items: np.ndarray
-    ) -> list[tuple[list[str], list[str], str]]:
-        """Six users for the report: the first three that were hit, and three at random."""
-        names = copy.copy(self.data.item_ids)
-        if self.data.titles is not None:
-            names = [t or i for t, i in zip(self.data.titles, self.data.item_ids, strict=True)]
+    def _titles(self) -> list[str]:
+        """What to call the items."""
+        ids = self.data.item_ids
+        if self.data.titles is None:
+            return [f"item {item}" for item in ids]
+        return [title or f"item {item}" for title, item in zip(self.data.titles, ids, strict=True)]
+
+    def _examples(self, histories: list[np.ndarray], items: np.ndarray) -> list[report.Example]:
+        """Six users for the report: the first three that were hit, and three others at random."""
         targets = self.split.test_targets
         hits = np.flatnonzero((items[:, :5] == targets[:, None]).any(1))[:3]
+        others = np.setdiff1d(np.arange(len(targets)), hits)
         rng = np.random.default_rng(self.config.seed)
-        users = [*hits, *rng.choice(len(targets), size=min(3, len(targets)), replace=False)]
+        users = [*hits, *rng.choice(others, size=min(3, len(others)), replace=False)]
         return [
-            (
-                [names[i] for i in histories[u][-4:]],
-                [names[i] for i in items[u, :5] if i >= 0],
-                names[targets[u]],
+            report.Example(
+                histories[u][-5:].tolist(),
+                [item for item in items[u, :5].tolist() if item >= 0],
+                int(targets[u]),
             )
             for u in users
         ]
