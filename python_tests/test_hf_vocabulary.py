@@ -247,6 +247,8 @@ def test_peft_trains_the_new_rows_alone(family, tied):
     peft = pytest.importorskip("peft")
     tokenizer = tokenizer_of(family)
     model = model_of(family, len(tokenizer), tied)
+    if family == "t5" and not is_tied(model):
+        pytest.skip("PEFT wraps `shared` alone, which an untied T5 of transformers 4 does not read")
     tied = is_tied(model)
     words = hf.extend_vocabulary(model, tokenizer, Trie.from_items(CODES))
     assert len(words.trainable_token_indices) == (1 if tied else 2)

@@ -33,7 +33,8 @@ class SidVocabulary:
         tokens: the tokens, level by level and code by code: ``<a_0>``, ``<a_1>``, ..., ``<b_0>``.
         token_ids: their ids, in this order.
         trainable_token_indices: for PEFT's ``LoraConfig`` (and ``TrainableTokensConfig``): the ids
-            by the embedding's name, and by the head's where it is not tied.
+            by the embedding's name, and by the head's where it is not tied.  PEFT does not reach
+            the embedding of an untied T5 under transformers 4.
     """
 
     trie: Trie
