@@ -111,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
     )
+    train.add_argument(
+        "--track",
+        action="append",
+        choices=("tensorboard", "trackio", "wandb"),
+        help="send figures there too, as they come; may be repeated (RUN/tensorboard, trackio's "
+        "and wandb's project genrec)",
+    )
 
     evaluate = commands.add_parser("evaluate", help="repeat a run's test figures")
     evaluate.add_argument("run", help="run folder")
@@ -133,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         "--metric",
         action="append",
         help="recall@K, ndcg@K, mrr@K or hit@K; cold_, rare_, head_ or tail_ before it for those "
-        "targets alone; may be repeated (default: recall and ndcg at 5 and 10)",
+        "targets alone; coverage@K, entropy@K or gini@K; diversity@10, list_entropy@10, "
+        "tail_share@10 or miscalibration@10; may be repeated (default: recall and ndcg at 5 and "
+        "10)",
     )
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--out", metavar="FILE", help="draw a picture, X.png")
@@ -242,7 +251,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
     options = given(
         *("data", "out", "index", "minutes", "epochs", "seed", "device", "stages", "tokenizer"),
-        *("split", "parallel"),
+        *("split", "track", "parallel"),
     )
     bilevel = given("joint", "order", "surgery", "updates_per_epoch")
     if bilevel.get("order", "fd") != "fd":

@@ -531,6 +531,64 @@ class Trie:
             at = self.child(level, at, codes[:, level])
         return nodes
 
+    def codes(self) -> Tensor:
+        """The codes that the trie was built from, ``[num_items, levels]`` int64: each item's, in
+        their order, within their levels (no offsets).
+
+        >>> Trie.from_items([[3, 1], [0, 2], [0, 2]]).codes().tolist()
+        [[3, 1], [0, 2], [0, 2]]
+        """
+        leaves = self.num_nodes(self.levels)
+        paths = self._items.new_empty((leaves, self.levels), dtype=torch.int64)
+        offsets = self.level_offsets or [0] * self.levels
+        for level in range(self.levels):
+            values = self._labels[level].long() - offsets[level]
+            for below in self._first_child[level + 1 :]:
+                values = values.repeat_interleave(below.diff())
+            paths[:, level] = values
+        many = torch.ones(leaves, dtype=torch.int64, device=self.device)
+        many += torch.bincount(self._repeats, minlength=leaves)
+        result = paths.new_empty(self.num_items, self.levels)
+        result[self._items.long()] = paths.repeat_interleave(many, 0)
+        return result
+
+    def with_offsets(
+        self, level_offsets: Sequence[int] | None, level_sizes: Sequence[int] | None = None
+    ) -> Trie:
+        """The same catalogue, available items included, in other columns of the logits.
+
+        Args:
+            level_offsets, level_sizes: as in :meth:`from_items`.
+
+        Raises:
+            ValueError: as :meth:`from_items`, or a code beyond its level's columns.
+
+        >>> trie = Trie.from_items([[0, 1], [3, 1]]).with_offsets([10, 20])
+        >>> trie.labels(0).tolist(), trie.labels(1).tolist()
+        ([10, 13], [21, 21])
+        """
+        begins, ends = column_bounds(self.levels, level_offsets, level_sizes)
+        parts = []
+        for level, old in enumerate(self.level_offsets or [0] * self.levels):
+            part = self._labels[level].long() + (begins[level] - old)
+            if len(part) and int(part.max()) >= ends[level]:
+                raise ValueError(
+                    f"level {level} has code {int(part.max()) - begins[level]}, beyond its columns "
+                    f"[{begins[level]}, {ends[level]})"
+                )
+            parts.append(part.int())
+        result = Trie(
+            self._first_child,
+            torch.cat(parts),
+            self._items,
+            self._repeats,
+            level_offsets,
+            level_sizes,
+            self.item_ids,
+        )
+        result._bits, result._unavailable = self._bits, self._unavailable
+        return result
+
     def child(self, level: int, nodes: Tensor, codes: Tensor) -> Tensor:
         """The child of each node under a code, ``[N]`` int64; -1 where there is none.
 

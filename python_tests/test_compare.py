@@ -12,6 +12,8 @@ from genrec_ext.training import checkpoint, compare, loop, per_user
 from genrec_ext.training.evaluation import Ranking
 from genrec_ext.training.per_user import PerUser
 
+ITEMS = 300
+
 
 def write_lines(path, data):
     """Lines of 'user item item ...'."""
@@ -53,14 +55,23 @@ def made_up(folder, shift=0.0, seed=0, users=400, data="same", width=20):
     found = rng.random(users) < ease * (0.4 + shift)
     counts = np.arange(users) % 9
     folder.mkdir()
+    rank = np.where(found, rng.integers(0, width, users), -1).astype(np.int32)
+    # The larger the shift, the fewer items take the lists.
+    weights = np.arange(1.0, ITEMS + 1) ** -(0.5 + shift)
+    order = np.argsort(-np.log(weights) - rng.gumbel(size=(users, ITEMS)), 1)
+    lists = {name: rng.random(users) for name in per_user.LISTS}
+    lists["diversity@10"][0] = np.nan
     PerUser(
         data,
         width,
         np.array([f"user {i:03}" for i in range(users)]),
-        np.where(found, rng.integers(0, width, users), -1).astype(np.int32),
+        rank,
         np.where(np.arange(users) % 10 == 0, 0.5, 1.0),
         counts,
         (2 - counts // 3).astype(np.int8),
+        ITEMS,
+        order[:, :width].astype(np.int32),
+        lists,
     ).save(folder)
     return folder
 
@@ -85,6 +96,10 @@ def test_a_run_keeps_what_its_figures_are_made_of(runs):
         assert training.evaluate(folder) == test
         for name in ("diversity", "list_entropy", "miscalibration", "tail_share"):
             assert 0 < test[f"{name}@10"] < 1
+            assert np.nanmean(kept.values(f"{name}@10")) == pytest.approx(test[f"{name}@10"])
+        for name in metrics.SPREADS:
+            figure = getattr(metrics, name)(kept.items, kept.num_items, 10)
+            assert figure == pytest.approx(test[f"{name}@10"])
         assert not list(folder.glob("*.partial"))
 
 
@@ -125,16 +140,22 @@ def test_users_by_hand(tmp_path):
     split = leave_one_out(data)
     items = np.array([[2, 0], [3, 0], [0, 3]])
     ranking = Ranking(items, np.zeros((3, 2), dtype=np.float32))
-    kept = PerUser.of(ranking, data, split, np.array([0, 1, 2, 0]))
+    codes = np.array([[0, 0], [0, 1], [1, 0], [0, 0]])  # items 0 and 3 share an ID
+    kept = PerUser.of(ranking, data, split, codes)
+    assert kept.items.tolist() == [[3, 0], [0, 3], [2, 0]], "rows and items by their own ids"
+    assert kept.lists["diversity@10"].tolist() == [0, 0, 1]
+    assert kept.lists["tail_share@10"].tolist() == [0.5, 0.5, 0]
     assert kept.users.tolist() == ["10", "9", "v"]
     assert kept.rank.tolist() == [-1, 0, 0] and kept.credit.tolist() == [1, 0.5, 1]
     assert kept.train_count.tolist() == [1, 0, 1]
     kept.save(tmp_path)
     again = per_user.load(tmp_path)
-    for name in ("users", "rank", "credit", "train_count", "popularity"):
+    for name in ("users", "rank", "credit", "train_count", "popularity", "items"):
         a, b = getattr(kept, name), getattr(again, name)
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
-    assert (again.data, again.width) == (kept.data, 2)
+    assert (again.data, again.width, again.num_items) == (kept.data, 2, 4)
+    for name, values in kept.lists.items():
+        assert again.values(name).tolist() == values.tolist()
     assert again.values("mrr@2").tolist() == [0, 0.5, 1]
     assert again.values("cold_hit@1").tolist() == [0.5]
     assert again.values("rare_ndcg@2").tolist() == [0, 1]
@@ -154,9 +175,11 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match="not a readable file of users"):
             per_user.load(folder)
     np.savez(path, format=9)
-    with pytest.raises(checkpoint.CheckpointError, match="format 9; this version reads format 1"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="format 9; this version reads format 2, which"
+    ):
         per_user.load(folder)
-    np.savez(path, format=1)
+    np.savez(path, format=2)
     with pytest.raises(checkpoint.CheckpointError, match="not a readable file of users"):
         per_user.load(folder)
 
@@ -205,6 +228,34 @@ def test_groups_resample_seeds_and_users(tmp_path):
     assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"]), "the seeds differ"
     said = compare.text(found)
     assert "over users and runs" in said and "a (3 runs)" in said
+
+
+def test_lists_together_and_lists_of_their_own(tmp_path):
+    a, b = made_up(tmp_path / "a"), made_up(tmp_path / "b", shift=0.6, seed=1)
+    names = ["coverage@10", "entropy@5", "gini@20", "diversity@10", "list_entropy@10"]
+    found = training.compare_runs({"a": [a], "b": [b]}, names, samples=200)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    x, y = (per_user.load(folder) for folder in (a, b))
+    first, second = (row["figures"] for row in found["rows"])
+    differences = found["rows"][1]["differences"]
+    for name, function, k in (
+        ("coverage@10", metrics.coverage, 10),
+        ("entropy@5", metrics.entropy, 5),
+        ("gini@20", metrics.gini, 20),
+    ):
+        values = [function(run.items, ITEMS, k) for run in (x, y)]
+        assert [first[name]["mean"], second[name]["mean"]] == pytest.approx(values)
+        assert differences[name]["difference"] == pytest.approx(values[1] - values[0])
+        for figure in (first[name], second[name]):
+            assert figure["low"] < figure["mean"] < figure["high"] and figure["users"] == 400
+        told = metrics.paired_list_bootstrap(name.split("@")[0], y.items, x.items, ITEMS, k, 200)
+        assert tuple(differences[name].values()) == pytest.approx(told)
+    assert differences["gini@20"]["low"] > 0, "fewer items take the lists of b"
+    # One user has no diversity: he counts in neither run.
+    assert first["diversity@10"]["users"] == second["diversity@10"]["users"] == 399
+    assert first["diversity@10"]["mean"] == pytest.approx(np.nanmean(x.lists["diversity@10"]))
+    assert first["list_entropy@10"]["users"] == 400
+    compare.plot(found, tmp_path / "lists.png")
 
 
 def test_users_of_no_kind_are_no_figure(tmp_path):
@@ -261,7 +312,8 @@ def test_the_command_on_two_runs(runs, tmp_path, capsys):
         ([], "compare: no runs; expected run folders, or --group"),
         (["{run}", "{run}"], "given twice"),
         (["{run}", "no/such/run"], "no/such/run/test_users.npz: no such file"),
-        (["{run}", "--metric", "coverage@10"], "metric: 'coverage@10'; expected recall, ndcg"),
+        (["{run}", "--metric", "coverage@21"], "metric: 'coverage@21'; expected recall, ndcg"),
+        (["{run}", "--metric", "diversity@9"], "tail_share@10, diversity@10, list_entropy@10"),
         (["{run}", "--metric", "recall@21"], "at 1 to 20"),
         (["{run}", "--out", "{run}/x.nonsense"], "nonsense"),
     ),

@@ -68,6 +68,7 @@ def sid_beam_search(
     sid_softmax: str = "vocab",
     sid_temperature: float = 1.0,
     sid_forbidden: Tensor | ItemFilter | None = None,
+    sid_end: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SidBeamOutput:
     """Beam search over a catalogue's items, as ``generate``'s ``custom_generate``.
@@ -100,6 +101,9 @@ def sid_beam_search(
         sid_temperature: logits are divided by it.
         sid_forbidden: bool ``[num_items]`` or ``[U, num_items]``, True for items not to return; or
             a ``trie.filter(...)``.
+        sid_end: the token that ends items of unequally many tokens and fills them up, as
+            :func:`title_trie` has it: after it nothing costs anything, sequences are padded, and
+            scores are log-probabilities, whatever ``length_penalty`` is.
 
     Returns:
         ``[U * W, P + L]`` int64 sequences, prompts included, best first for each user; with
@@ -164,16 +168,20 @@ def sid_beam_search(
         softmax=sid_softmax,
         temperature=sid_temperature,
         forbidden=sid_forbidden,
+        end=sid_end,
         **model_kwargs,
     )
     offsets = torch.tensor(trie.level_offsets or [0] * trie.levels, device=found.codes.device)
     tokens = (found.codes + offsets).masked_fill(found.codes < 0, _fill_token(config))
+    if sid_end is not None:
+        ended = (tokens == sid_end).long().cumsum(-1) - (tokens == sid_end).long() > 0
+        tokens = tokens.masked_fill(ended, _fill_token(config))
     sequences = torch.cat(
         [input_ids.repeat_interleave(sid_beams, 0), tokens.flatten(0, 1).to(input_ids.device)], 1
     )
     if not getattr(config, "return_dict_in_generate", False):
         return sequences
-    penalty = getattr(config, "length_penalty", None)
+    penalty = getattr(config, "length_penalty", None) if sid_end is None else 0.0
     scores = found.scores.flatten() / trie.levels ** (1.0 if penalty is None else penalty)
     return SidBeamOutput(
         sequences=sequences,
@@ -208,6 +216,7 @@ def beam_search_hf(
     inputs_embeds: Tensor | None = None,
     encoder_outputs: Any = None,
     decoder_input_ids: Tensor | None = None,
+    end: int | None = None,
     **model_kwargs: Any,
 ) -> BeamResult:
     """:func:`genrec_ext.beam_search` with a transformers model as the step.
@@ -233,6 +242,7 @@ def beam_search_hf(
         inputs_embeds: ``[U, P, d]``, in place of ``input_ids``.
         encoder_outputs: what the encoder returned, T5 only, in place of ``input_ids``.
         decoder_input_ids: ``[U, D]`` integers, T5 only; default: the decoder's start token.
+        end: as ``sid_end`` of :func:`sid_beam_search`; the trie then has no offsets.
         model_kwargs: nothing else is passed on; None is ignored.
 
     Returns:
@@ -253,6 +263,11 @@ def beam_search_hf(
     [[0, 1, 2], [0, 1, 2]]
     """
     _check_unknown(model_kwargs)
+    if end is not None and (trie.level_offsets, trie.level_sizes) != (None, None):
+        raise ValueError(
+            f"end must be None for a trie with level_offsets or level_sizes, got {end}: its items "
+            "all have as many tokens"
+        )
     step, columns, users = trie_step(
         model,
         trie,
@@ -266,7 +281,7 @@ def beam_search_hf(
         decoder_input_ids=decoder_input_ids,
     )
     return beam_search(
-        step,
+        step if end is None else _ending(step, end),
         columns,
         width,
         users=users,
@@ -646,6 +661,31 @@ def _encoder_decoder_step(
     return step
 
 
+def _ending(step: StepFn, end: int) -> StepFn:
+    """A step after which beams that have ended go on for nothing, and only with ``end``.
+
+    Once all have, the model is not asked any more.
+    """
+    shape = torch.Size()
+
+    def ending(level: int, parent: Tensor | None, token: Tensor | None) -> Tensor:
+        nonlocal shape
+        if token is None:
+            logits = step(level, parent, token)
+            shape = logits.shape[-1:]
+            return logits
+        ended = (token == end).flatten()
+        if bool(ended.all()):
+            logits = torch.zeros(len(ended), *shape, device=token.device)
+        else:
+            logits = step(level, parent, token)
+        only = torch.full_like(logits, -torch.inf)
+        only[:, end] = 0.0
+        return torch.where(ended.unsqueeze(1), only, logits)
+
+    return ending
+
+
 # ---- the head, whole or a level's rows ----
 
 
@@ -883,20 +923,24 @@ def prefix_allowed_tokens_fn(
     return allowed
 
 
-# ---- training: modules of their own, which need what stands above ----
+# ---- training and vocabularies: modules of their own, which need what stands above ----
 
 from .hf_candidates import sid_pairwise_logps
 from .hf_losses import SidLoss, SidPairwiseLoss, SidTrainerMixin
+from .hf_vocabulary import SidVocabulary, extend_vocabulary, title_trie
 
 __all__ = [
     "SidBeamOutput",
     "SidLoss",
     "SidPairwiseLoss",
     "SidTrainerMixin",
+    "SidVocabulary",
     "TrieLogitsProcessor",
     "beam_search_hf",
+    "extend_vocabulary",
     "prefix_allowed_tokens_fn",
     "sample_items_hf",
     "sid_beam_search",
     "sid_pairwise_logps",
+    "title_trie",
 ]

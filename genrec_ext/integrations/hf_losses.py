@@ -366,6 +366,42 @@ class SidLoss(_PrefixObjective):
         loss = self._loss(picked, tokens, nodes)
         return loss * _share(users, T, num_items_in_batch)
 
+    def loss_function(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The same loss as a causal model's own, for training loops that read ``outputs.loss``::
+
+            model.loss_function = loss.loss_function
+
+        A causal model calls its ``loss_function`` with its logits and the labels as they are. T5
+        and mT5 do not: they compute cross-entropy themselves whatever is set here, so give the loss
+        to ``Trainer``, or call it with the outputs.
+
+        Args:
+            logits: ``[B, S, V]``.
+            labels: ``[B, S]``, as in :meth:`forward`.
+            vocab_size: not needed.
+            num_items_in_batch: labels of the whole step; default: those of this batch.
+            shift_labels: must be None; labels shifted beforehand are those of context parallelism.
+
+        Raises:
+            ValueError: ``shift_labels`` is given, or as :meth:`forward`.
+
+        >>> loss = SidLoss("ce", levels=2)
+        >>> labels = torch.tensor([[-100, -100, 5, 6]])
+        >>> round(loss.loss_function(torch.zeros(1, 4, 8), labels, vocab_size=8).item(), 4)
+        2.0794
+        """
+        if shift_labels is not None:
+            raise ValueError("shift_labels must be None: the loss finds items by whole rows")
+        return cast(Tensor, self({"logits": logits}, labels, num_items_in_batch))
+
     def _predicting(self, outputs: Any, logits: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
         """The columns of the logits that predict the labels' ``columns``."""
         shifted = self.shifted

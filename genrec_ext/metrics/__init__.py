@@ -27,7 +27,13 @@ from .accuracy import (
     prefix_survival,
     recall,
 )
-from .intervals import Difference, bootstrap, paired_bootstrap
+from .intervals import (
+    Difference,
+    bootstrap,
+    list_bootstrap,
+    paired_bootstrap,
+    paired_list_bootstrap,
+)
 from .popularity import (
     HEAD,
     MIDDLE,
@@ -38,14 +44,24 @@ from .popularity import (
     popularity_lift,
     tail_share,
 )
-from .summary import evaluate_rankings
-from .variety import coverage, entropy, gini, intra_list_diversity, invalid_rate, list_entropy
+from .summary import OF_A_LIST, evaluate_rankings, of_lists
+from .variety import (
+    SPREADS,
+    coverage,
+    entropy,
+    gini,
+    intra_list_diversity,
+    invalid_rate,
+    list_entropy,
+)
 
 __all__ = [
     "DISCOUNTS",
     "HEAD",
     "MIDDLE",
+    "OF_A_LIST",
     "RARE",
+    "SPREADS",
     "TAIL",
     "Array",
     "Difference",
@@ -61,11 +77,14 @@ __all__ = [
     "hits",
     "intra_list_diversity",
     "invalid_rate",
+    "list_bootstrap",
     "list_entropy",
     "miscalibration",
     "mrr",
     "ndcg",
+    "of_lists",
     "paired_bootstrap",
+    "paired_list_bootstrap",
     "popularity_groups",
     "popularity_lift",
     "prefix_survival",

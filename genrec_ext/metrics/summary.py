@@ -90,18 +90,50 @@ def evaluate_rankings(
     result[f"coverage@{n}"] = variety.coverage(ranked, num_items, n)
     result[f"entropy@{n}"] = variety.entropy(ranked, num_items, n)
     result[f"gini@{n}"] = variety.gini(ranked, num_items, n)
-    result[f"tail_share@{n}"] = _mean(popularity.tail_share(ranked, n, counts))
-    if codes is not None:
-        varied = variety.intra_list_diversity(ranked, n, codes=codes)
-        result[f"diversity@{n}"] = _mean(varied)
-    if scores is not None:
-        result[f"list_entropy@{n}"] = _mean(variety.list_entropy(plain(scores)[:, :n]))
+    lists = of_lists(
+        ranked, n, train_counts=counts, codes=codes, scores=scores, histories=histories
+    )
+    for name, values in lists.items():
+        result[f"{name}@{n}"] = _mean(values)
     if histories is not None:
-        groups = popularity.popularity_groups(counts)
-        away = popularity.miscalibration(ranked, n, histories, groups)
-        result[f"miscalibration@{n}"] = _mean(away)
         lift = popularity.popularity_lift(ranked, n, histories, counts)
         result[f"popularity_lift@{n}"] = lift
+    return result
+
+
+OF_A_LIST = ("tail_share", "diversity", "list_entropy", "miscalibration")
+"""What :func:`of_lists` can tell."""
+
+
+def of_lists(
+    items: Array,
+    k: int,
+    *,
+    train_counts: Array,
+    codes: Array | None = None,
+    scores: Array | None = None,
+    histories: Sequence[Array] | None = None,
+) -> dict[str, np.ndarray]:
+    """The figures of each user's own list: means over users of these are in `evaluate_rankings`.
+
+    Args and errors: as there, but that `scores` may be longer than `items`.
+
+    Returns:
+        float64 `[U]` by name: `tail_share`; with `codes` also `diversity`, with `scores` also
+        `list_entropy`, with `histories` also `miscalibration`. NaN where undefined.
+
+    >>> of_lists([[0, 1], [2, 1]], 2, train_counts=[9, 5, 1])["tail_share"].tolist()
+    [0.0, 0.5]
+    """
+    counts, ranked = integers("train_counts", train_counts, 1), first(items, k)
+    result = {"tail_share": popularity.tail_share(ranked, k, counts)}
+    if codes is not None:
+        result["diversity"] = variety.intra_list_diversity(ranked, k, codes=codes)
+    if scores is not None:
+        result["list_entropy"] = variety.list_entropy(plain(scores)[:, :k])
+    if histories is not None:
+        groups = popularity.popularity_groups(counts)
+        result["miscalibration"] = popularity.miscalibration(ranked, k, histories, groups)
     return result
 
 

@@ -17,7 +17,7 @@ def coverage(items: Array, num_items: int, k: int) -> float:
     >>> coverage([[0, 1], [1, 3]], num_items=6, k=2)
     0.5
     """
-    return float((_frequencies(items, num_items, k) > 0).mean())
+    return _coverage(frequencies(items, num_items, k))
 
 
 def entropy(items: Array, num_items: int, k: int) -> float:
@@ -30,11 +30,7 @@ def entropy(items: Array, num_items: int, k: int) -> float:
     >>> entropy([[0, 1], [2, 3]], num_items=4, k=2)
     1.0
     """
-    counts = _frequencies(items, num_items, k)
-    shares = counts[counts > 0] / max(counts.sum(), 1)
-    if len(shares) <= 1:
-        return 0.0
-    return float(-(shares * np.log(shares)).sum() / np.log(num_items))
+    return _entropy(frequencies(items, num_items, k))
 
 
 def gini(items: Array, num_items: int, k: int) -> float:
@@ -46,12 +42,7 @@ def gini(items: Array, num_items: int, k: int) -> float:
     >>> gini([[0], [0], [0]], num_items=4, k=1)
     0.75
     """
-    counts = np.sort(_frequencies(items, num_items, k))
-    total = counts.sum()
-    if total == 0:
-        return 0.0
-    position = 2 * np.arange(1, num_items + 1) - num_items - 1
-    return float((position * counts).sum() / (num_items * total))
+    return _gini(frequencies(items, num_items, k))
 
 
 def invalid_rate(items: Array) -> float:
@@ -168,10 +159,37 @@ def _cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1.0 - (a * b).sum(axis=1)
 
 
-def _frequencies(items: Array, num_items: int, k: int) -> np.ndarray:
+def frequencies(items: Array, num_items: int, k: int) -> np.ndarray:
     """How many slots of the first k each item fills, int64 `[num_items]`."""
     ranked = first(items, k)
     if num_items < 1:
         raise ValueError(f"num_items: {num_items}; expected 1 or more")
     within("items", ranked, num_items)
     return np.bincount(ranked[ranked >= 0], minlength=num_items)
+
+
+def _coverage(counts: np.ndarray) -> float:
+    return float((counts > 0).mean())
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    if len(shares) <= 1:
+        return 0.0
+    return float(-(shares * np.log(shares)).sum() / np.log(len(counts)))
+
+
+def _gini(counts: np.ndarray) -> float:
+    ordered, total, num_items = np.sort(counts), counts.sum(), len(counts)
+    if total == 0:
+        return 0.0
+    position = 2 * np.arange(1, num_items + 1) - num_items - 1
+    return float((position * ordered).sum() / (num_items * total))
+
+
+SPREADS: dict[str, Callable[[np.ndarray], float]] = {
+    "coverage": _coverage,
+    "entropy": _entropy,
+    "gini": _gini,
+}
+"""What is made of all lists together, by metric, from what :func:`frequencies` gives."""

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from .. import metrics as metrics_module
-from . import per_user, report
+from . import figures as drawing
+from . import per_user
 from .per_user import PerUser
 
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+LIST_SAMPLES = 1000
+"""Most resamples of what all lists make together, each of which counts all lists anew."""
 
 
 def compare_runs(
@@ -31,8 +34,9 @@ def compare_runs(
     Args:
         groups: run folders by name; several of one name are seeds of one setting, and are
             resampled together with the users.
-        metrics: what :meth:`genrec_ext.training.per_user.PerUser.values` takes.
-        samples: bootstrap resamples.
+        metrics: what :meth:`genrec_ext.training.per_user.PerUser.values` takes, and ``coverage``,
+            ``entropy`` and ``gini`` at any length of the lists.
+        samples: bootstrap resamples; of these three ``LIST_SAMPLES`` at most.
         seed: of the bootstrap.
 
     Returns:
@@ -50,8 +54,9 @@ def compare_runs(
     >>> folder, four = Path(tempfile.mkdtemp()), np.arange(4)
     >>> def run(name, rank):
     ...     (folder / name).mkdir()
-    ...     PerUser("some data", 20, four.astype(str), np.array(rank), np.ones(4), four, four % 3
-    ...     ).save(folder / name)
+    ...     lists, unknown = np.tile(np.arange(20), (4, 1)), np.full(4, np.nan)
+    ...     PerUser("some data", 20, four.astype(str), np.array(rank), np.ones(4), four, four % 3,
+    ...             99, lists, dict.fromkeys(per_user.LISTS, unknown)).save(folder / name)
     ...     return [folder / name]
     >>> found = compare_runs({"old": run("a", [0, 9, -1, -1]), "new": run("b", [0, 3, 2, -1])})
     >>> found["rows"][1]["differences"]["recall@5"]["difference"]
@@ -70,35 +75,16 @@ def compare_runs(
                     f"{found.data[:12]}, expected {base.data[:12]}); only runs on the same "
                     "interactions can be compared"
                 )
-    rows: list[dict[str, Any]] = []
-    first: dict[str, np.ndarray] = {}
-    for name, runs in groups.items():
-        figures: dict[str, Any] = {}
-        differences: dict[str, Any] = {}
-        for metric in metrics:
-            values = _values(read[name], metric)
-            first.setdefault(metric, values)
-            if not values.size:
-                figures[metric] = None
-                continue
-            low, high = metrics_module.bootstrap(values, samples, seed)
-            figures[metric] = {
-                "mean": float(values.mean()),
-                "low": low,
-                "high": high,
-                "users": values.shape[1],
-            }
-            if rows:
-                paired = metrics_module.paired_bootstrap(values, first[metric], samples, seed)
-                differences[metric] = paired._asdict()
-        rows.append(
-            {
-                "name": name,
-                "runs": [str(run) for run in runs],
-                "figures": figures,
-                "differences": differences,
-            }
-        )
+    rows: list[dict[str, Any]] = [
+        {"name": name, "runs": [str(run) for run in runs], "figures": {}, "differences": {}}
+        for name, runs in groups.items()
+    ]
+    for metric in metrics:
+        compared = _compared(metric, list(read.values()), samples, seed)
+        for row, (figure, difference) in zip(rows, compared, strict=True):
+            row["figures"][metric] = figure
+            if difference is not None:
+                row["differences"][metric] = difference._asdict()
     return {
         "data": base.data,
         "users": len(base.users),
@@ -152,7 +138,7 @@ def plot(comparison: dict[str, Any], path: str | Path) -> None:
     if len(rows) > 1:
         parts.append(("differences", "difference", rows[1:]))
     height = sum(0.9 + 0.35 * len(shown) for _, _, shown in parts)
-    figure, axes = report.canvas(2 + 3.2 * len(names), height, len(names), len(parts))
+    figure, axes = drawing.canvas(2 + 3.2 * len(names), height, len(names), len(parts))
     axes = np.reshape(axes, (len(parts), len(names)))
     for line, (part, centre, shown) in zip(axes, parts, strict=True):
         place = np.arange(len(shown))[::-1]
@@ -161,22 +147,66 @@ def plot(comparison: dict[str, Any], path: str | Path) -> None:
                 if found := row[part].get(metric):
                     mean, low, high = found[centre], found["low"], found["high"]
                     sure = part == "differences" and not low <= 0 <= high
-                    color = report.ORANGE if sure else report.BLUE
+                    color = drawing.ORANGE if sure else drawing.BLUE
                     ax.plot([low, high], [at, at], color=color, lw=2)
                     ax.plot(mean, at, color=color, marker="o", ms=5)
             ax.set_yticks(place, [row["name"] for row in shown] if ax is line[0] else [])
             ax.set(ylim=(-0.6, len(shown) - 0.4))
             if part == "differences":
-                ax.axvline(0, color=report.GREY, lw=1)
+                ax.axvline(0, color=drawing.GREY, lw=1)
                 ax.set(xlabel=f"{metric}, minus {rows[0]['name']}")
             else:
                 ax.set(xlabel=metric)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def _values(runs: Sequence[PerUser], metric: str) -> np.ndarray:
-    """``[S, U]``, the users in one order."""
-    return np.stack([run.values(metric) for run in runs])
+def _compared(
+    metric: str, groups: list[list[PerUser]], samples: int, seed: int
+) -> list[tuple[dict[str, Any] | None, metrics_module.Difference | None]]:
+    """A metric's figure of each group, and its difference from the first, where there is one."""
+    name, _, k = metric.partition("@")
+    base = groups[0][0]
+    if name in metrics_module.SPREADS and k.isdecimal() and 1 <= int(k) <= base.width:
+        return _spreads(name, int(k), groups, min(samples, LIST_SAMPLES), seed)
+    values = [np.stack([run.values(metric) for run in runs]) for runs in groups]
+    # Whoever a metric is undefined for in one run counts in none: the users stay the same.
+    known = ~np.isnan(np.concatenate(values)).any(0)
+    values = [part[:, known] for part in values]
+    found: list[tuple[dict[str, Any] | None, metrics_module.Difference | None]] = []
+    for part in values:
+        if not part.size:
+            found.append((None, None))
+            continue
+        interval = metrics_module.bootstrap(part, samples, seed)
+        difference = None
+        if found:
+            difference = metrics_module.paired_bootstrap(part, values[0], samples, seed)
+        found.append((_interval(float(part.mean()), interval, part.shape[1]), difference))
+    return found
+
+
+def _spreads(
+    name: str, k: int, groups: list[list[PerUser]], samples: int, seed: int
+) -> list[tuple[dict[str, Any] | None, metrics_module.Difference | None]]:
+    """The same of what all lists make together."""
+    size = groups[0][0].num_items
+    figure = getattr(metrics_module, name)
+    lists = [np.stack([run.items[:, :k] for run in runs]) for runs in groups]
+    found: list[tuple[dict[str, Any] | None, metrics_module.Difference | None]] = []
+    for part in lists:
+        interval = metrics_module.list_bootstrap(name, part, size, k, samples, seed)
+        mean = float(np.mean([figure(run, size, k) for run in part]))
+        difference = None
+        if found:
+            difference = metrics_module.paired_list_bootstrap(
+                name, part, lists[0], size, k, samples, seed
+            )
+        found.append((_interval(mean, interval, part.shape[1]), difference))
+    return found
+
+
+def _interval(mean: float, interval: tuple[float, float], users: int) -> dict[str, Any]:
+    return {"mean": mean, "low": interval[0], "high": interval[1], "users": users}
 
 
 def _figure(found: dict[str, Any] | None) -> str:

@@ -15,6 +15,7 @@ from .distributed import PARALLEL
 from .objective import ONCE_DIFFERENTIABLE, SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
+from .tracking import TRACKERS
 
 STAGES = ("sft", "bilevel", "rl")
 DEFAULT_STAGES = ("sft", "rl")
@@ -40,11 +41,13 @@ class TrainConfig:
         seed: everything random follows from it.
         device: a torch device.
         stages: some of ``"sft"``, ``"bilevel"`` and ``"rl"``, in this order; rl needs one before.
-        resume: go on from the run folder's newest checkpoint.
+        resume: go on from the run folder's newest checkpoint, and with its tracked runs.
         save_seconds: from one checkpoint to the next, at least; 0 for one after every step.
         parallel: under torchrun, ``"ddp"``: each process holds the whole model; ``"fsdp"``:
             weights, gradients and optimiser state are split among them.
         timeout: minutes that a process waits for the others, before it ends with an error.
+        track: where figures go besides the run folder: some of ``"tensorboard"``, ``"trackio"`` and
+            ``"wandb"``; see :mod:`genrec_ext.training.tracking`.
         patience: validations without improvement after which sft or bilevel ends.
         tokenizer: ``"data"``: the data's own semantic IDs, or residual k-means where they have
             none; ``"rqvae"``: an RQ-VAE over the items' texts, or over what they occur with where
@@ -71,6 +74,7 @@ class TrainConfig:
     save_seconds: float = 15.0
     parallel: str = "ddp"
     timeout: float = 10.0
+    track: tuple[str, ...] = ()
     patience: int = 4
     tokenizer: str | None = None
     rqvae: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +93,11 @@ class TrainConfig:
             raise ValueError(
                 f"stages must be of {','.join(STAGES)}, in this order, and not rl alone, which "
                 f"fine-tunes what another trained; got {','.join(self.stages)}"
+            )
+        if len(set(self.track)) < len(self.track) or not set(self.track) <= set(TRACKERS):
+            raise ValueError(
+                f"track must be some of {', '.join(TRACKERS)}, each once, got "
+                f"{','.join(self.track)}"
             )
         if self.tokenizer not in (None, *TOKENIZERS):
             raise ValueError(

@@ -5,6 +5,7 @@ Reads models and data; writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,19 +165,21 @@ def rank(
     width: int = WIDTH,
     clock: DecodeClock | None = None,
     trace: PrefixTrace | None = None,
+    progress: str | None = None,
     processes: Processes = ALONE,
 ) -> Ranking:
     """The best k items of each history among the whole catalogue.
 
     Items of the history may be recommended again.  Of items that share a semantic ID, the first
     stands for all; the figures give credit accordingly.  ``clock`` is told how long it took,
-    ``trace`` where each level left the beams.  Several processes each decode a share of the
-    users, and all have the whole ranking; a ``trace`` is then of the share's targets.
+    ``trace`` where each level left the beams.  ``progress`` is the name of a bar to show (needs
+    tqdm).  Several processes each decode a share of the users, and all have the whole ranking; a
+    ``trace`` is then of the share's targets.
     """
     width = max(k, width)
     if processes.world > 1:
         mine = [histories[user] for user in processes.share(np.arange(len(histories)))]
-        part = rank(model, trie, mine, k, width, clock, trace)
+        part = rank(model, trie, mine, k, width, clock, trace, progress)
         return Ranking(
             *(None if rows is None else processes.joined(rows) for rows in part)  # type: ignore[arg-type]
         )
@@ -186,10 +189,18 @@ def rank(
             np.empty((0, k), dtype=np.float32),
             None if trace is None else trace.kept,
         )
-    found = [
-        decode(model, trie, histories[start : start + USERS], width, clock=clock, trace=trace)
-        for start in range(0, len(histories), USERS)
-    ]
+    found = []
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if progress is not None:
+            from tqdm import tqdm
+
+            bar = stack.enter_context(tqdm(total=len(histories), desc=progress, unit="user"))
+        for start in range(0, len(histories), USERS):
+            some = histories[start : start + USERS]
+            found.append(decode(model, trie, some, width, clock=clock, trace=trace))
+            if bar is not None:
+                bar.update(len(some))
     return Ranking(
         np.concatenate([part.items[:, :k].cpu().numpy() for part in found]),
         np.concatenate([part.scores[:, :k].cpu().numpy() for part in found]),
@@ -236,13 +247,23 @@ def rank_test(
     trie: Trie,
     split: Split,
     clock: DecodeClock | None = None,
+    progress: str | None = None,
     processes: Processes = ALONE,
 ) -> Ranking:
     """The ranking of the test users' items, and what the beams kept of their targets' prefixes."""
     targets = torch.from_numpy(processes.share(split.test_targets).copy())
     trace = PrefixTrace(trie, model.codes[targets.to(model.codes.device)])
     histories = split.test_histories()
-    return rank(model, trie, histories, k=KS[-1], clock=clock, trace=trace, processes=processes)
+    return rank(
+        model,
+        trie,
+        histories,
+        KS[-1],
+        clock=clock,
+        trace=trace,
+        progress=progress,
+        processes=processes,
+    )
 
 
 def test_figures(ranking: Ranking, split: Split, codes: np.ndarray) -> dict[str, Any]:

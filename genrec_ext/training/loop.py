@@ -6,7 +6,6 @@ themselves are in ``sft`` and ``rl``.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -25,7 +24,7 @@ from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
 from ..ops import sid_report
 from ..trie import Trie
-from . import checkpoint, distributed, evaluation, report, settings
+from . import checkpoint, distributed, evaluation, report, settings, tracking
 from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
 from .checkpoint import Checkpoints
@@ -48,7 +47,8 @@ _RL_VALIDATIONS = 5
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains, evaluates and writes a run folder.
 
-    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl``, ``model.pt``, ``checkpoints/``,
+    Writes ``config.yaml``, ``metrics.json``, ``metrics.jsonl`` (line by line as it goes; the same
+    lines go to the trackers of ``config.track``), ``model.pt``, ``checkpoints/``,
     ``report.html``, ``test_users.npz`` (what :mod:`genrec_ext.training.per_user` says of each test
     user) and for an RQ-VAE ``tokenizer.safetensors`` into ``config.out``, and returns the content
     of ``metrics.json``: ``test`` (the kept model's figures), ``stages`` (for each:
@@ -71,6 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for module in ("dacite", "matplotlib", "safetensors", "sklearn", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
+    tracking.check(config.track)
     with distributed.joined(config.parallel, 60 * config.timeout) as processes:
         return _Training(config, processes).run()
 
@@ -213,14 +214,15 @@ class _Training:
         return budget - later - self.seconds()
 
     def note(self, **line: Any) -> None:
-        """A line of ``metrics.jsonl``."""
+        """A line of ``metrics.jsonl`` and of the trackers."""
         line["seconds"] = round(self.seconds(), 2)
         self.log.append(line)
+        self.journal.note(line)
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to resume the other."""
         content = self.config.as_json()
-        free = "out data minutes resume device save_seconds parallel timeout"
+        free = "out data minutes resume device save_seconds parallel timeout track"
         for name in free.split():
             del content[name]
         for stage in ("sft", "bilevel", "rl"):
@@ -251,12 +253,6 @@ class _Training:
                 "seconds": self.seconds(),
             }
         )
-        self._write_log()
-
-    def _write_log(self) -> None:
-        if self.processes.first:
-            lines = "".join(json.dumps(line) + "\n" for line in self.log)
-            checkpoint.save_text(self.folder / "metrics.jsonl", lines)
 
     def restored(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None."""
@@ -324,23 +320,32 @@ class _Training:
 
     def rank_test(self) -> evaluation.Ranking:
         """The model's ranking for the test users."""
-        return evaluation.rank_test(self.model, self.trie, self.split, processes=self.processes)
+        progress = "test" if self.processes.first else None
+        return evaluation.rank_test(
+            self.model, self.trie, self.split, progress=progress, processes=self.processes
+        )
 
     # ---- the stages ----
 
     def run(self) -> dict[str, Any]:
-        restored = self.restored()
-        for stage in self.config.stages:
-            if stage in self.stages:
-                continue
-            # A checkpoint is of the stage that it was written in; it may be one just ended.
-            state = restored if restored is not None and restored["stage"] == stage else None
-            restored = None
-            if stage == "rl":
-                self.rl(state)
-            else:
-                self.supervised(stage, state)
-        return self.finish()
+        restored, config = self.restored(), self.config
+        self.journal: tracking.Journal | tracking.Silence = tracking.Silence()
+        if self.processes.first:
+            self.journal = tracking.Journal(
+                self.folder, config.track, config.as_json(), self.log, config.resume
+            )
+        with self.journal:
+            for stage in config.stages:
+                if stage in self.stages:
+                    continue
+                # A checkpoint is of the stage that it was written in; it may be one just ended.
+                state = restored if restored is not None and restored["stage"] == stage else None
+                restored = None
+                if stage == "rl":
+                    self.rl(state)
+                else:
+                    self.supervised(stage, state)
+            return self.finish()
 
     def _trainer(self, stage: str) -> SFTTrainer:
         config = self.config
@@ -554,11 +559,11 @@ class _Training:
         ranking = self.rank_test() if self.ranked is None else self.ranked
         if not self.processes.first:
             return metrics
-        self._write_log()
         run_module.save(self.folder, self.model, self.data, self.source)
         if self.tokenizer is not None:
             self._save_tokenizer(self.tokenizer)
-        PerUser.of(ranking, self.data, self.split, self.group).save(self.folder)
+        codes = self.model.codes.cpu().numpy()
+        PerUser.of(ranking, self.data, self.split, codes).save(self.folder)
         items = ranking.items[:, : evaluation.LENGTH]
         report.write(
             self.folder / "report.html",
@@ -567,9 +572,12 @@ class _Training:
             items,
             self.counts,
             self.split.test_targets,
+            codes,
+            self._titles(),
             self._examples(histories, items),
         )
         checkpoint.save_json(self.folder / "metrics.json", metrics)
+        self.journal.finish({"test": metrics["test"], "baselines": metrics["baselines"]})
         return metrics
 
     def _save_tokenizer(self, tokenizer: tokenizers.RQVAE) -> None:
@@ -579,22 +587,25 @@ class _Training:
         tokenizer.cpu().eval().keep(self.embeddings)
         tokenizer.save(self.folder / "tokenizer.safetensors")
 
-    def _examples(
-        self, histories: list[np.ndarray], items: np.ndarray
-    ) -> list[tuple[list[str], list[str], str]]:
-        """Six users for the report: the first three that were hit, and three at random."""
-        names = copy.copy(self.data.item_ids)
-        if self.data.titles is not None:
-            names = [t or i for t, i in zip(self.data.titles, self.data.item_ids, strict=True)]
+    def _titles(self) -> list[str]:
+        """What to call the items."""
+        ids = self.data.item_ids
+        if self.data.titles is None:
+            return [f"item {item}" for item in ids]
+        return [title or f"item {item}" for title, item in zip(self.data.titles, ids, strict=True)]
+
+    def _examples(self, histories: list[np.ndarray], items: np.ndarray) -> list[report.Example]:
+        """Six users for the report: the first three that were hit, and three others at random."""
         targets = self.split.test_targets
         hits = np.flatnonzero((items[:, :5] == targets[:, None]).any(1))[:3]
+        others = np.setdiff1d(np.arange(len(targets)), hits)
         rng = np.random.default_rng(self.config.seed)
-        users = [*hits, *rng.choice(len(targets), size=min(3, len(targets)), replace=False)]
+        users = [*hits, *rng.choice(others, size=min(3, len(others)), replace=False)]
         return [
-            (
-                [names[i] for i in histories[u][-4:]],
-                [names[i] for i in items[u, :5] if i >= 0],
-                names[targets[u]],
+            report.Example(
+                histories[u][-5:].tolist(),
+                [item for item in items[u, :5].tolist() if item >= 0],
+                int(targets[u]),
             )
             for u in users
         ]

@@ -17,17 +17,19 @@ import numpy as np
 from .. import metrics
 from ..data import Interactions, Split
 from .checkpoint import CheckpointError
-from .evaluation import Ranking
+from .evaluation import LENGTH, Ranking, collision_groups
 
 FILE = "test_users.npz"
-FORMAT = 1
-_ARRAYS = ("users", "rank", "credit", "train_count", "popularity")
+FORMAT = 2  # 1 had no lists
+LISTS = tuple(f"{name}@{LENGTH}" for name in metrics.OF_A_LIST)
+"""Metrics of each user's own list; kept as figures, as they follow from codes or scores."""
+_ARRAYS = ("users", "rank", "credit", "train_count", "popularity", "items", *LISTS)
 _METRIC = re.compile(r"(?:(cold|rare|head|tail)_)?([a-z]+)@([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class PerUser:
-    """Where each test user's target was found, in the order of the users' own ids.
+    """Where each test user's target was found, and the list, in the order of the users' own ids.
 
     Attributes:
         data: :func:`identity` of the data.
@@ -38,12 +40,19 @@ class PerUser:
             semantic ID.
         train_count: int64 ``[U]``, occurrences of the target in training.
         popularity: int8 ``[U]``, the target's :func:`genrec_ext.metrics.popularity_groups`.
+        num_items: size of the catalogue.
+        items: int32 ``[U, width]``, the lists, best first: an item's number is its place among the
+            source's own ids in ascending order, the same in all runs; -1 where there is none.
+        lists: by name, one of ``LISTS``: float64 ``[U]``, NaN where it is undefined.
 
     >>> found = PerUser(
     ...     "some data", 20, np.array(["ann", "bob"]), np.array([3, -1]), np.ones(2),
-    ...     np.array([0, 9]), np.array([2, 0]))
+    ...     np.array([0, 9]), np.array([2, 0]), 99, np.arange(40).reshape(2, 20),
+    ...     {"diversity@10": np.array([0.9, 0.8])})
     >>> found.values("recall@10").tolist(), found.values("cold_mrr@10").tolist()
     ([1.0, 0.0], [0.25])
+    >>> found.values("diversity@10").tolist()
+    [0.9, 0.8]
     """
 
     data: str
@@ -53,19 +62,30 @@ class PerUser:
     credit: np.ndarray
     train_count: np.ndarray
     popularity: np.ndarray
+    num_items: int
+    items: np.ndarray
+    lists: dict[str, np.ndarray]
 
     @classmethod
-    def of(
-        cls, ranking: Ranking, data: Interactions, split: Split, group: np.ndarray | None
-    ) -> PerUser:
-        """From a ranking of the test users, and the items that share an ID."""
-        width = ranking.items.shape[1]
+    def of(cls, ranking: Ranking, data: Interactions, split: Split, codes: np.ndarray) -> PerUser:
+        """From a ranking of the test users, and the semantic IDs ``[num_items, L]``."""
+        width, length = ranking.items.shape[1], min(LENGTH, ranking.items.shape[1])
+        group = collision_groups(codes)
         rank, credit = metrics.hits(ranking.items, split.test_targets, width, group)
         ids = np.array(list(data.user_ids), dtype=np.str_)
         users = ids if split.test_users is None else ids[split.test_users]
         counts = split.train_counts()
         order = np.argsort(users, kind="stable")
         target = split.test_targets[order]
+        lists = metrics.of_lists(
+            ranking.items,
+            length,
+            train_counts=counts,
+            codes=codes,
+            scores=ranking.scores,
+            histories=split.test_histories(),
+        )
+        place = np.append(_places(data.item_ids), -1)  # -1, none, stays what it is
         return cls(
             identity(data),
             width,
@@ -74,6 +94,9 @@ class PerUser:
             credit[order],
             counts[target],
             metrics.popularity_groups(counts)[target].astype(np.int8),
+            data.num_items,
+            place[ranking.items[order]].astype(np.int32),
+            {f"{name}@{LENGTH}": values[order] for name, values in lists.items()},
         )
 
     def values(self, metric: str) -> np.ndarray:
@@ -82,19 +105,23 @@ class PerUser:
         Args:
             metric: ``recall@k``, ``ndcg@k``, ``mrr@k`` or ``hit@k`` with k up to ``width``; of
                 some users with ``cold_``, ``rare_``, ``head_`` or ``tail_`` before it, as in
-                ``cold_recall@10``.
+                ``cold_recall@10``; or one of ``LISTS``.
 
         Returns:
-            float64, ``[U]`` or fewer: the same users in all runs on the same data.
+            float64, ``[U]`` or fewer: the same users in all runs on the same data.  NaN where a
+            metric of a list is undefined.
 
         Raises:
             ValueError: another metric.
         """
+        if metric in self.lists:
+            return self.lists[metric]
         found = _METRIC.fullmatch(metric)
         if found is None or found[2] not in metrics.DISCOUNTS or int(found[3]) > self.width:
             raise ValueError(
                 f"metric: {metric!r}; expected {', '.join(metrics.DISCOUNTS)} at 1 to "
-                f"{self.width}, such as recall@10, or cold_, rare_, head_ or tail_ before it"
+                f"{self.width}, such as recall@10, or cold_, rare_, head_ or tail_ before it; or "
+                f"{', '.join(metrics.SPREADS)} at 1 to {self.width}; or {', '.join(LISTS)}"
             )
         values = metrics.gain(found[2], self.rank, self.credit, int(found[3]))
         kinds = {
@@ -109,9 +136,10 @@ class PerUser:
     def save(self, folder: Path) -> None:
         """Writes ``test_users.npz``, at once or not at all."""
         partial = folder / (FILE + ".partial")
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in _ARRAYS if name not in LISTS}
+        arrays |= {"format": FORMAT, "data": self.data, "width": self.width}
         with partial.open("wb") as file:
-            np.savez_compressed(file, format=FORMAT, data=self.data, width=self.width, **arrays)
+            np.savez_compressed(file, num_items=self.num_items, **arrays, **self.lists)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, folder / FILE)
@@ -133,10 +161,18 @@ def load(folder: str | Path) -> PerUser:
         with np.load(path) as content:
             if content["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{path}: format {content['format']}; this version reads format {FORMAT}"
+                    f"{path}: format {content['format']}; this version reads format {FORMAT}, "
+                    "which the run's own `genrec train` command writes with --resume"
                 )
             arrays = {name: content[name] for name in _ARRAYS}
-            return PerUser(str(content["data"]), int(content["width"]), **arrays)
+            lists = {name: arrays.pop(name) for name in LISTS}
+            return PerUser(
+                data=str(content["data"]),
+                width=int(content["width"]),
+                num_items=int(content["num_items"]),
+                lists=lists,
+                **arrays,
+            )
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -164,16 +200,21 @@ def identity(data: Interactions) -> str:
             digest.update(f"{len(encoded)}:".encode())
             digest.update(encoded)
 
-    items = sorted(range(data.num_items), key=data.item_ids.__getitem__)
-    place = np.empty(data.num_items, dtype="<i8")
-    place[items] = np.arange(data.num_items)
+    place = _places(data.item_ids)
     names = list(data.user_ids)
     users = sorted(range(len(names)), key=names.__getitem__)
     digest.update(f"{data.num_items} {data.num_users}".encode())
-    strings([data.item_ids[item] for item in items])
+    strings(sorted(data.item_ids))
     strings([names[user] for user in users])
     for user in users:
         sequence = place[data.sequences[user]]
         digest.update(f"{len(sequence)}:".encode())
         digest.update(sequence.tobytes())
     return digest.hexdigest()
+
+
+def _places(ids: list[str]) -> np.ndarray:
+    """Each id's place in ascending order, little-endian int64 whatever the machine."""
+    place = np.empty(len(ids), dtype="<i8")
+    place[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+    return place

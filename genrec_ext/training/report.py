@@ -5,17 +5,16 @@ Reads a run's figures, writes ``report.html``; needs matplotlib (the ``[train]``
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-BLUE, ORANGE, GREEN, GREY = "#3366aa", "#dd7722", "#448844", "#999999"
-STAGE_COLORS = {"sft": BLUE, "bilevel": GREEN, "rl": ORANGE}
+from . import checkpoint, evaluation, figures
+from .figures import COLORS, Figure
+
 COLUMNS = (
     "recall@5",
     "recall@10",
@@ -26,9 +25,25 @@ COLUMNS = (
     "entropy@10",
     "invalid_rate",
 )
+_DARK = {
+    "ink": "#e7eaf0",
+    "line": "#363e4b",
+    "blue": "#7fb0ff",
+    "orange": "#ff9d5c",
+    "green": "#74d193",
+    "grey": "#a3adbc",
+}
 
 
-def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+class Example(NamedTuple):
+    """A test user: items taken, oldest first, the items recommended, and the one taken next."""
+
+    history: list[int]
+    recommended: list[int]
+    taken: int
+
+
+def rows_of(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The lines of the result table: what was trained, stage by stage, then the baselines."""
     rows = [(f"after {name}", stage["test"]) for name, stage in metrics["stages"].items()]
     rows += [(name, figures) for name, figures in metrics["baselines"].items()]
@@ -37,11 +52,10 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def text_table(metrics: dict[str, Any]) -> str:
+def text_table(metrics: Mapping[str, Any]) -> str:
     """The result table for a terminal."""
     lines = [["test", *COLUMNS]]
-    for name, figures in rows_of(metrics):
-        lines.append([name, *(_number(figures.get(column)) for column in COLUMNS)])
+    lines += _cells(rows_of(metrics), COLUMNS)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -54,14 +68,16 @@ def text_table(metrics: dict[str, Any]) -> str:
 
 def write(
     path: Path,
-    metrics: dict[str, Any],
-    log: Sequence[dict[str, Any]],
+    metrics: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
     recommended: np.ndarray,
     train_counts: np.ndarray,
     targets: np.ndarray,
-    examples: Sequence[tuple[list[str], list[str], str]],
+    codes: np.ndarray,
+    titles: Sequence[str],
+    examples: Sequence[Example],
 ) -> None:
-    """Writes the report.
+    """Writes the report: nothing outside the file is needed to read it.
 
     Args:
         path: the HTML file.
@@ -70,187 +86,272 @@ def write(
         recommended: int64 ``[U, K]``, the items recommended to test users, -1 where none.
         train_counts: int64 ``[num_items]``, occurrences in training.
         targets: int64 ``[U]``, what test users took.
-        examples: (titles of a history, titles recommended, title taken), a user each.
+        codes: int64 ``[num_items, L]``, the semantic IDs.
+        titles: what to call the items.
+        examples: some test users.
     """
-    figures = [
-        ("Training", _curves(log)),
-        ("Recall against the baselines", _bars(metrics)),
-        ("What each level of the search prunes", _survival(metrics)),
-        ("How popular is what is recommended", _popularity(recommended, train_counts, targets)),
+    rows, config = rows_of(metrics), metrics["config"]
+    name = html.escape(str(config.get("name", "run")))
+    trained = rows[len(metrics["stages"]) - 1]
+    compared = [trained, *((key, metrics["baselines"][key]) for key in metrics["baselines"])]
+    parts = [
+        f"<header><h1>{name}</h1>",
+        f"<p>{_about(metrics, len(targets), len(train_counts))}</p></header>",
+        _tiles(trained[1], metrics["baselines"].get("covisitation", {})),
+        _section(
+            "Results",
+            "One target a test user, ranked among all items.",
+            _table("Test figures", ("test", *COLUMNS), _cells(rows, COLUMNS)),
+            _pictures(figures.results(rows, len(targets))),
+            _details("All figures", _all_figures(rows)),
+        ),
+        _section("Training", _padding(metrics), _pictures(figures.training(log))),
+        _section(
+            "Prefix survival",
+            "",
+            _pictures(figures.survival(metrics["stages"], evaluation.WIDTH)),
+        ),
+        _section(
+            "Codebooks",
+            _ids(metrics["ids"]),
+            _pictures(figures.code_usage(codes, config["level_sizes"])),
+        ),
+        _section("How the tokenizer moved", "", _pictures(figures.tokenizer(metrics, log))),
+        _section(
+            "Popularity of what is recommended",
+            "",
+            _pictures(figures.popularity(recommended, train_counts, targets)),
+        ),
+        _section(
+            "Cold start",
+            "Targets that training has never or seldom seen.",
+            f"<div class=beside>{_pictures(figures.cold_start(compared))}",
+            f"{_cold_table(compared)}</div>",
+        ),
+        _section("Examples", "", "".join(_card(each, titles, codes) for each in examples)),
+        _section(
+            "Configuration",
+            "",
+            _details(
+                "All settings",
+                _table("Settings", ("setting", "value"), _settings(config)),
+            ),
+        ),
     ]
-    if any("codes" in line for line in log):
-        figures.insert(3, ("How the tokenizer moved", _codes(metrics, log)))
-    config = "".join(
-        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in metrics["config"].items()
+    checkpoint.save_text(
+        path,
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}: report</title>\n<style>{_css()}</style></head>\n"
+        f"<body><main>{''.join(parts)}</main></body></html>\n",
     )
-    table = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{_number(row.get(column))}</td>" for column in COLUMNS)
+
+
+# ---- parts of the page ----
+
+
+def _section(title: str, text: str, *parts: str) -> str:
+    """Nothing where there is nothing to show."""
+    if not any(parts):
+        return ""
+    said = f"<p>{text}</p>" if text else ""
+    return f"<section><h2>{html.escape(title)}</h2>{said}{''.join(parts)}</section>\n"
+
+
+def _pictures(shown: Sequence[Figure]) -> str:
+    if not shown:
+        return ""
+    return (
+        "<div class=pictures>"
+        + "".join(
+            f"<figure><figcaption><b>{html.escape(each.title)}</b> {html.escape(each.caption)}"
+            f"</figcaption>{each.svg}</figure>"
+            for each in shown
+        )
+        + "</div>"
+    )
+
+
+def _table(label: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls within itself where the page is narrow."""
+    first = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th scope=row>{html.escape(name)}</th>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         + "</tr>"
-        for name, row in rows_of(metrics)
+        for name, *cells in rows
     )
-    cards = "".join(
-        f"<div class=card><p><b>Took</b> {_list(history)}</p>"
-        f"<p><b>We recommend</b> {_list(found, taken)}</p>"
-        f"<p><b>Took next</b> {html.escape(taken)}</p></div>"
-        for history, found, taken in examples
-    )
-    images = "".join(
-        f"<h2>{title}</h2><img src='data:image/png;base64,{image}' alt='{title}'>"
-        for title, image in figures
-    )
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>genrec report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; color: #222 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25em .7em; text-align: right }}
-th {{ text-align: left }} tr:nth-child(even) {{ background: #f3f5f8 }} img {{ max-width: 100% }}
-.card {{ border: 1px solid #ddd; border-radius: 8px; padding: .2em 1em; margin: .7em 0 }}
-.hit {{ background: #cfe8cf }}
-</style>
-<h1>{html.escape(str(metrics["config"].get("name", "run")))}</h1>
-<p>{len(targets)} test users, {len(train_counts)} items, {metrics["seconds"]:.0f} seconds in all.
-Recall and NDCG are of one item of each, the last, ranked among all items. {_padding(metrics)}</p>
-<table><tr><th>test</th>{"".join(f"<th>{column}</th>" for column in COLUMNS)}</tr>{table}</table>
-{images}<h2>Examples</h2>{cards}
-<h2>Configuration</h2><table>{config}</table></html>
-"""
+    return (
+        f'<div class=scroll role=region tabindex=0 aria-label="{html.escape(label)}"><table>'
+        f"<thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _padding(metrics: dict[str, Any]) -> str:
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def _about(metrics: Mapping[str, Any], users: int, items: int) -> str:
+    config = metrics["config"]
+    return (
+        f"{users:,} test users, {items:,} items, {config['parameters']:,} parameters; "
+        f"{', '.join(metrics['stages'])} in {metrics['seconds']:,.0f} seconds, seed "
+        f"{config['seed']}. genrec {html.escape(config['genrec'])}, torch "
+        f"{html.escape(config['torch'])}, {config['threads']} threads."
+    )
+
+
+def _tiles(test: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """The figures that one looks for first."""
+    shown = (
+        ("recall@10", "Recall@10"),
+        ("ndcg@10", "NDCG@10"),
+        ("coverage@10", "Coverage@10"),
+        ("invalid_rate", "Invalid"),
+    )
+    tiles = ""
+    for key, label in shown:
+        beside = f"co-visitation {_number(baseline[key])}" if key in baseline else ""
+        tiles += (
+            f"<div class=tile><span>{label}</span><strong>{_number(test.get(key))}</strong>"
+            f"<span>{beside}</span></div>"
+        )
+    return f"<div class=tiles>{tiles}</div>\n"
+
+
+def _cells(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]
+) -> list[list[str]]:
+    return [[name, *(_number(row.get(column)) for column in columns)] for name, row in rows]
+
+
+def _all_figures(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Metrics down, systems across: every figure that is one number."""
+    keys = dict.fromkeys(
+        key for _, row in rows for key, value in row.items() if not isinstance(value, list)
+    )
+    cells = [[key, *(_number(row.get(key)) for _, row in rows)] for key in keys]
+    return _table("All test figures", ("", *(name for name, _ in rows)), cells)
+
+
+def _cold_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    kinds = {"cold": "never", "rare": "1 to 5 times", "tail": "tail", "head": "head"}
+    test = rows[0][1]
+    cells = [
+        [
+            label,
+            f"{test[f'{kind}_users']:,}",
+            *(_number(row.get(f"{kind}_recall@10")) for _, row in rows),
+        ]
+        for kind, label in kinds.items()
+    ]
+    return _table("Recall by popularity", ("target", "users", *(name for name, _ in rows)), cells)
+
+
+def _ids(ids: Mapping[str, Any]) -> str:
+    shared = (
+        "each with a semantic ID of its own."
+        if ids["paths"] == ids["items"]
+        else f"on {ids['paths']:,} semantic IDs: {ids['collision_rate']:.1%} of the items share "
+        f"theirs, up to {ids['largest_group']} on one."
+    )
+    return f"{ids['items']:,} items, {shared} Below, how many items each code of a level has."
+
+
+def _padding(metrics: Mapping[str, Any]) -> str:
     shares = {name: stage.get("padding") for name, stage in metrics["stages"].items()}
-    return "".join(
-        f"Padding in the batches of {name}: {share:.1%}. "
+    return " ".join(
+        f"Padding in the batches of {name}: {share:.1%}."
         for name, share in shares.items()
         if share is not None
     )
 
 
+def _card(example: Example, titles: Sequence[str], codes: np.ndarray) -> str:
+    """A user: what was taken, and what is recommended, with its semantic IDs."""
+
+    def item(place: int, hit: bool = False) -> str:
+        path = " ".join(map(str, codes[place].tolist()))
+        start, mark = ("<li class=hit>", " <b>taken next</b>") if hit else ("<li>", "")
+        return f"{start}{html.escape(titles[place])}{mark} <code>{path}</code></li>"
+
+    found = "".join(item(place, place == example.taken) for place in example.recommended)
+    taken = "".join(map(item, example.history))
+    return (
+        f"<article class=card><div><h3>Took, the latest last</h3><ul>{taken}</ul></div>"
+        f"<div><h3>We recommend</h3><ol>{found}</ol></div>"
+        f"<div><h3>Took next</h3><ul>{item(example.taken)}</ul></div></article>"
+    )
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    rows: list[list[str]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            rows += _settings(value, f"{prefix}{key}.")
+        else:
+            rows.append([f"{prefix}{key}", str(value)])
+    return rows
+
+
 def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _list(titles: Sequence[str], taken: str | None = None) -> str:
-    return " · ".join(
-        f"<span class='{'hit' if title == taken else ''}'>{html.escape(title)}</span>"
-        for title in titles
+def _css() -> str:
+    def colors(palette: Mapping[str, str]) -> str:
+        return "".join(f"--{name}:{color};" for name, color in palette.items())
+
+    return (
+        f":root{{color-scheme:light dark;{colors(COLORS)}--page:#fff;--card:#f5f7fa;--hit:#d9efdf}}"
+        "@media (prefers-color-scheme:dark){"
+        f":root{{{colors(_DARK)}--page:#14181f;--card:#1c222c;--hit:#1e4630}}}}"
+        """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+main{max-width:76rem;margin:0 auto;padding:1rem}
+h1{font-size:1.9rem;line-height:1.2;margin:.6rem 0 .3rem}
+h2{font-size:1.3rem;line-height:1.3;margin:0 0 .4rem}
+h3{font-size:.875rem;margin:0 0 .2rem;color:var(--grey)}
+p{margin:.2rem 0 .8rem;max-width:46rem}
+section{margin:2.6rem 0;padding-top:1.2rem;border-top:1px solid var(--line)}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem}
+.tile{background:var(--card);border-radius:10px;padding:.7rem 1rem;display:grid}
+.tile strong{font-size:1.7rem;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile span{font-size:.875rem}
+.scroll{overflow-x:auto;margin:.6rem 0 1.2rem;border:1px solid var(--line);border-radius:10px}
+table{border-collapse:collapse;width:100%;font-size:.9375rem;font-variant-numeric:tabular-nums}
+td,th{padding:.35rem .75rem;text-align:right;white-space:nowrap}
+td{overflow-wrap:normal}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--page)}
+thead th{border-bottom:1px solid var(--line)}
+tbody th{font-weight:500}
+tbody tr:nth-child(even)>*{background:var(--card)}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));
+gap:1.6rem;margin:1rem 0}
+@media (min-width:78rem){.pictures:has(>:nth-child(4):last-child){
+grid-template-columns:repeat(4,1fr);gap:1.2rem}}
+.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));
+gap:1rem 2rem;align-items:center}
+.beside>*{min-width:0}
+figure{margin:0;min-width:0;max-width:24rem;display:flex;flex-direction:column;
+justify-content:space-between;gap:.5rem}
+figcaption{font-size:.875rem;line-height:1.45}
+figcaption b{display:block;font-size:1rem}
+svg{display:block;width:100%;height:auto}
+svg *{stroke-linejoin:round}
+.card{background:var(--card);border-radius:10px;padding:1rem 1.2rem;margin:.8rem 0;
+display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1rem 2rem}
+.card ul,.card ol{margin:0;padding-left:1.3rem}
+.card li{margin:.2rem 0;padding:0 .3rem;border-radius:5px}
+.hit{background:var(--hit)}
+.hit b{font-size:.8125rem;white-space:nowrap}
+code{font-size:.8125rem;color:var(--grey);display:block;line-height:1.3}
+summary{cursor:pointer;padding:.4rem 0}
+summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
+.hit code{color:inherit}
+"""
     )
-
-
-def _image(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    """A figure without a display and without pyplot's global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
-    return figure, axes
-
-
-def _curves(log: Sequence[dict[str, Any]]) -> str:
-    """The losses of the stages that ran, one beside the other, and validation over all."""
-    stages = list(dict.fromkeys(line["stage"] for line in log))
-    figure, axes = canvas(4 * (len(stages) + 1), 3.6, len(stages) + 1)
-    for ax, stage in zip(axes[:-1], stages, strict=True):
-        color = STAGE_COLORS[stage]
-        mine = [line for line in log if line["stage"] == stage]
-        losses = [(line["seconds"], line["loss"]) for line in mine if "loss" in line]
-        ax.set(xlabel="seconds", title=f"{stage} loss")
-        ax.plot(*zip(*losses), color=color)
-        recalls = [
-            (line["seconds"], line["valid"]["recall@10"]) for line in mine if "valid" in line
-        ]
-        if recalls:
-            axes[-1].plot(*zip(*recalls, strict=True), color=color, marker="o", ms=3, label=stage)
-    axes[-1].set(xlabel="seconds", title="Recall@10 on validation")
-    if axes[-1].has_data():
-        axes[-1].legend(frameon=False, loc="lower right")
-    return _image(figure)
-
-
-def _codes(metrics: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
-    """Churn, what became of the codebooks, and which tensors the two losses disagree on."""
-    updates = [line["codes"] for line in log if "codes" in line]
-    steps = [update["step"] for update in updates]
-    figure, axes = canvas(13, 3.6, 3)
-    axes[0].plot(steps, [update["churn"] for update in updates], color=BLUE, marker="o", ms=3)
-    axes[0].set(xlabel="step", title="items whose codes an update changed", ylim=(0, None))
-    for level, color in zip(range(len(updates[0]["entropy_bits"])), (BLUE, ORANGE, GREEN, GREY)):
-        values = [update["entropy_bits"][level] for update in updates]
-        axes[1].plot(steps, values, color=color, label=f"level {level + 1}")
-    axes[1].set(xlabel="step", title="entropy of the codes, bits")
-    axes[1].legend(frameon=False)
-    shares = metrics["stages"]["bilevel"].get("codes", {}).get("conflicts", {})
-    axes[2].barh(range(len(shares)), list(shares.values()), color=GREEN)
-    axes[2].set_yticks(range(len(shares)), list(shares), fontsize=8)
-    axes[2].invert_yaxis()
-    axes[2].set(title="share of updates in conflict", xlim=(0, 1))
-    if not shares:
-        axes[2].text(0.5, 0.5, "no surgery in this run", ha="center", transform=axes[2].transAxes)
-    return _image(figure)
-
-
-def _bars(metrics: dict[str, Any]) -> str:
-    rows = rows_of(metrics)
-    figure, ax = canvas(11, 0.6 + 0.55 * len(rows))
-    place = np.arange(len(rows))[::-1]
-    for offset, column, color in ((0.2, "recall@10", BLUE), (-0.2, "ndcg@10", GREEN)):
-        values = [row.get(column) or 0.0 for _, row in rows]
-        bars = ax.barh(place + offset, values, 0.38, color=color, label=column)
-        ax.bar_label(bars, fmt="%.4f", padding=3, fontsize=9)
-    ax.set_yticks(place, [name for name, _ in rows])
-    ax.margins(x=0.1)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    return _image(figure)
-
-
-def _survival(metrics: dict[str, Any]) -> str:
-    figure, axes = canvas(11, 3.6, 2)
-    stages = metrics["stages"].items()
-    for place, (name, stage) in enumerate(stages):
-        color = STAGE_COLORS[name]
-        survival, pruned = stage["test"]["prefix_survival"], stage["test"]["pruned"]
-        lengths = np.arange(len(survival) + 1)
-        axes[0].plot(lengths, [1, *survival], color=color, marker="o", ms=4, label=f"after {name}")
-        width = 0.76 / len(stages)
-        offset = (place - (len(stages) - 1) / 2) * width
-        axes[1].bar(lengths[1:] + offset, pruned, 0.95 * width, color=color, label=f"after {name}")
-    axes[0].set(xlabel="codes of the semantic ID", title="targets still in a beam", ylim=(0, 1.02))
-    axes[1].set(xlabel="level", title="targets pruned by it")
-    for ax in axes:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(frameon=False)
-    return _image(figure)
-
-
-def _popularity(recommended: np.ndarray, train_counts: np.ndarray, targets: np.ndarray) -> str:
-    order = np.argsort(-train_counts, kind="stable")
-    figure, ax = canvas(11, 3.6)
-    share = np.arange(1, len(order) + 1) / len(order)
-    shown = recommended[recommended >= 0]
-    for label, items, color in (
-        ("training", None, GREY),
-        ("taken by test users", targets, GREEN),
-        ("recommended", shown, BLUE),
-    ):
-        counts = train_counts if items is None else np.bincount(items, minlength=len(train_counts))
-        total = max(counts.sum(), 1)
-        ax.plot(share, np.cumsum(counts[order]) / total, color=color, label=label)
-    ax.set(
-        xlabel="share of the catalogue, most popular in training first",
-        ylabel="share of all occurrences",
-        xlim=(0, 1),
-        ylim=(0, 1.02),
-    )
-    ax.legend(frameon=False, loc="lower right")
-    return _image(figure)

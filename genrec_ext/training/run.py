@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ def evaluate(
             f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
         )
     split = split_data(found, source)
-    ranking = evaluation.rank_test(run.model, run.trie, split, clock)
+    progress = None if importlib.util.find_spec("tqdm") is None else "test"
+    ranking = evaluation.rank_test(run.model, run.trie, split, clock, progress)
     return evaluation.test_figures(ranking, split, run.model.codes.cpu().numpy())
 
 

@@ -53,8 +53,9 @@ def load(
             nested = {part: nested}
         content = _merged(content, nested)
     content = _merged(content, dict(options or {}))
-    if isinstance(content.get("stages"), str):
-        content["stages"] = content["stages"].split(",")
+    for several in ("stages", "track"):
+        if isinstance(content.get(several), str):
+            content[several] = content[several].split(",")
     _check_names(TrainConfig, content, "")
     return _built(content)
 
