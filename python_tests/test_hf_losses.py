@@ -35,6 +35,9 @@ from genrec_ext.integrations.hf_losses import _through
 
 transformers.logging.set_verbosity_error()
 
+T5_IN_FLOAT64 = not transformers.__version__.startswith("4.")
+"""Whether T5's attention is as exact as its weights: transformers 4's softmax is in float32."""
+
 V, PAD, EOS, FIRST, K, L = 40, 0, 1, 8, 6, 4
 OFFSETS = [FIRST + K * level for level in range(L)]
 SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
@@ -579,7 +582,8 @@ def test_candidates_score_as_by_teacher_forcing(family, attention, prefixes, end
     scored = torch.zeros_like(want, dtype=torch.bool)
     scored[..., :prefixes], scored[:, 0] = True, True
     assert ours[~scored].eq(0).all()
-    exact = family in ENCODER_DECODERS or attention == "sdpa"  # eager softmax is float32
+    # Eager softmax is float32, but for T5's since transformers 5.
+    exact = attention == "sdpa" or (family in ENCODER_DECODERS and T5_IN_FLOAT64)
     tolerance = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-6, "atol": 2e-6}
     torch.testing.assert_close(ours[scored], want[scored], **tolerance)
     mix = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
@@ -644,7 +648,8 @@ def test_pairwise_loss_is_the_definition_s(family, side, end):
         logps, drawn.duplicates, drawn.log_scale.double(), weights.double(), 0.5,
         prefix_temperature=0.5, ce_weight=0.8,
     )  # fmt: skip
-    torch.testing.assert_close(ours, want, rtol=1e-9, atol=0)
+    exact = T5_IN_FLOAT64 or family not in ENCODER_DECODERS
+    torch.testing.assert_close(ours, want, rtol=1e-9 if exact else 1e-6, atol=0)
     assert_same_gradients(model, ours, want, 2e-6)
 
 
