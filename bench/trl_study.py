@@ -154,13 +154,12 @@ def report(shop: Shop, arguments: argparse.Namespace, lines: list[dict[str, Any]
     methods = [m for m in (START, *OBJECTIVES) if any(x["method"] == m for x in lines)]
     of = {m: [x for x in lines if x["method"] == m] for m in methods}
     base = {x["seed"]: x for x in of.get(START, [])}
-    head = ["method", "seeds", *METRICS.values(), "fine-tuning, s"]
+    head = ["method", "seeds", *METRICS.values()]
     rows = [
         [
             method,
             str(len(of[method])),
             *(mean(of[method], metric, None) for metric in METRICS),
-            f"{np.median([x['seconds'] for x in of[method]]):.0f}" if method != START else "",
         ]
         for method in methods
     ]
@@ -190,7 +189,7 @@ def report(shop: Shop, arguments: argparse.Namespace, lines: list[dict[str, Any]
         *table(["method", *METRICS.values()], against),
     ]
     command = f"python bench/trl_study.py --data DIR --seeds {arguments.seeds}"
-    how = "Test, mean over seeds ± standard error; processor time was shared with other work."
+    how = "Test, mean over seeds ± standard error."
     write_report(
         "trl", "SAGE beside TRL's GSPO and GMPO, through TRL", command, text, lines, how=how
     )
