@@ -35,11 +35,7 @@ def configure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def more(told: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "covisitation": told["baselines"]["covisitation"]["recall@10"],
-        "epochs": told["config"]["epochs"],
-        "threads": told["config"]["threads"],
-    }
+    return {"covisitation": told["baselines"]["covisitation"]["recall@10"]}
 
 
 def tables(results: Results, data: str) -> list[str]:
@@ -48,8 +44,9 @@ def tables(results: Results, data: str) -> list[str]:
     values = stacked(found, "recall")
     mean, low, high = interval(values)
     published = PUBLISHED.get(data)
+    epochs = one["settings"]["epochs"] or one["settings"]["sft"]["epochs"]
     row = [
-        f"{len(found)} x {one['epochs']} epochs",
+        f"{len(found)} x {epochs} epochs",
         f"{sum(line['seconds'] for line in found.values()) / len(found) / 60:.0f} min",
         cell((mean, low, high)),
         cell(interval(stacked(found, "ndcg"))),
