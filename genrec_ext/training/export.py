@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..models import CompactConfig, CompactRecommender
 from ..trie import Trie
 from . import checkpoint
-from .run import GENERATED, Run, load
+from .run import GENERATED, Run, load, restored
 
 FORMAT, VERSION = "genrec.recommender", 1
 WEIGHTS, CONFIG, ITEMS = "model.safetensors", "config.json", "items.json"
@@ -101,13 +100,7 @@ def load_export(folder: Path, device: str = "cpu") -> Run:
             )
         items = json.loads((folder / ITEMS).read_text())
         state: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
-        model = CompactRecommender(
-            CompactConfig(**config["model"]),
-            state["items.codes"],
-            config["level_sizes"],
-            state.get("items.features"),
-        )
-        model.load_state_dict(state)
+        model = restored(state, config["model"], config["level_sizes"], device)
         item_ids, titles, source = items["item_ids"], items["titles"], config["source"]
         if len(item_ids) != model.num_items:
             raise ValueError(f"{ITEMS} has {len(item_ids)} items, the model {model.num_items}")
@@ -115,7 +108,6 @@ def load_export(folder: Path, device: str = "cpu") -> Run:
         raise
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise checkpoint.CheckpointError(f"{folder}: no readable export ({error!r})") from error
-    model.to(device).eval()
     return Run(model, model.trie(), item_ids, titles, source)
 
 

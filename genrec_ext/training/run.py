@@ -63,16 +63,18 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     if not (Path(folder) / MODEL_FILE).exists() and (Path(folder) / CONFIG).exists():
         return load_export(Path(folder), device)
     content = checkpoint.load(Path(folder) / MODEL_FILE)
-    state = content["model"]
-    model = CompactRecommender(
-        CompactConfig(**content["config"]),
-        state["items.codes"],
-        content["level_sizes"],
-        state.get("items.features"),
-    )
-    model.load_state_dict(state)
-    model.to(device).eval()
+    model = restored(content["model"], content["config"], content["level_sizes"], device)
     return Run(model, model.trie(), content["item_ids"], content["titles"], content["source"])
+
+
+def restored(
+    state: dict[str, torch.Tensor], config: dict[str, Any], level_sizes: list[int], device: str
+) -> CompactRecommender:
+    """A model of its state and settings, ready to decode."""
+    features = state.get("items.features")
+    model = CompactRecommender(CompactConfig(**config), state["items.codes"], level_sizes, features)
+    model.load_state_dict(state)
+    return model.to(device).eval()
 
 
 def open_data(source: dict[str, Any]) -> Interactions:
