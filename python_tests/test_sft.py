@@ -86,6 +86,23 @@ def test_padding_is_counted():
     assert min(steps) <= means["padding"] <= max(steps) and len(set(steps)) > 1
 
 
+def test_what_is_left_out_is_gone_from_histories_alone():
+    windows = Windows([np.arange(n) for n in (3, 6, 9)] * 2000, 8)
+    rows = np.arange(len(windows))
+    history, targets = windows.batch(rows, 1, 0.5, np.random.default_rng(0), 0.3)
+    there = history >= 0
+    assert (targets == torch.where(there, history + 1, -1)).all(), "each item keeps its target"
+    first = there.int().argmax(1, keepdim=True)
+    assert (there == (torch.arange(history.shape[1]) >= first)).all(), "padding is on the left"
+    assert (history[:, 1:] > history[:, :-1])[there[:, :-1]].all(), "order is kept"
+    assert (history[:, -1] == torch.from_numpy(windows.lengths) - 2).all(), "the latest stays"
+    long = torch.from_numpy(windows.lengths) == 9
+    kept = there[long].sum(1).float() - 1  # of 7 beside the latest
+    assert abs(kept.mean() / 7 - 0.7) < 0.02 and kept.min() < 3
+    whole = windows.batch(rows, 1, 0.5, np.random.default_rng(0), 0.0)[0]
+    assert (whole >= 0).sum() == (windows.lengths - 1).sum()
+
+
 INDEX = {"office": {}, "beauty": {"index": "rkmeans_zcr"}}
 
 
@@ -206,6 +223,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     [
         ({"epochs": 0}, "epochs: 0"),
         ({"horizon": 0}, "horizon: 0"),
+        ({"leave_out": 1.0}, "leave_out: 1.0"),
         ({"horizon_decay": 1.0}, "horizon_decay: 1.0"),
         ({"rate": 0.0}, "rate: 0.0"),
         ({"weight_decay": -1.0}, "weight_decay: -1.0"),

@@ -51,6 +51,9 @@ class SFTConfig:
             with probability proportional to `horizon_decay ** k`, drawn anew every epoch. On sparse
             data what follows soon is nearly as good a witness as what follows next.
         horizon_decay: in (0, 1).
+        leave_out: share of the items of a history that are left out of it, drawn anew every epoch;
+            they stay targets. So a state depends less on having seen this very history. The latest
+            item always stays.
         clip_norm: largest norm of a gradient.
         accumulate: parts that a batch's sequences are worked through in, one after the other; their
             gradients add up to the batch's, and memory is that of a part.
@@ -82,6 +85,7 @@ class SFTConfig:
     weight_decay: float = 0.01
     horizon: int = 5
     horizon_decay: float = 0.5
+    leave_out: float = 0.0
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
@@ -112,8 +116,9 @@ class SFTConfig:
         for name in ("weight_decay", "beta", "eta", "beam_weight"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average: {self.average}; expected 0 <= average < 1")
+        for name in ("average", "leave_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 0 <= {name} < 1")
         for name, accepted in (
             ("objective", (None, *OBJECTIVES)),
             ("variant", VARIANTS),
@@ -178,14 +183,19 @@ class Windows:
         return total - int(places.sum()), total
 
     def batch(
-        self, rows: np.ndarray, horizon: int, decay: float, rng: np.random.Generator
+        self,
+        rows: np.ndarray,
+        horizon: int,
+        decay: float,
+        rng: np.random.Generator,
+        leave_out: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """History and drawn targets of some windows.
 
         Args:
             rows: `[B]`, which windows.
-            horizon, decay: as in :class:`SFTConfig`.
-            rng: draws the targets.
+            horizon, decay, leave_out: as in :class:`SFTConfig`.
+            rng: draws the targets, and what is left out.
 
         Returns:
             `(history, targets)`, each int64 `[B, T]`, -1 where there is none.
@@ -202,7 +212,19 @@ class Windows:
         targets = np.take_along_axis(items, place + ahead, axis=1)
         first = longest - self.lengths[rows] + self._context[rows]
         targets[place < first[:, None]] = -1
-        return torch.from_numpy(history.copy()), torch.from_numpy(targets)
+        if leave_out:
+            stays = (rng.random(history.shape) >= leave_out) & (history >= 0)
+            stays[:, -1] = True
+            order = np.argsort(
+                stays, axis=1, kind="stable"
+            )  # what stays keeps its order, at the end
+            gone = ~np.take_along_axis(stays, order, axis=1)
+            width = int(stays.sum(1).max())
+            history, targets = (
+                np.where(gone, -1, np.take_along_axis(part, order, axis=1))[:, -width:]
+                for part in (history, targets)
+            )
+        return torch.from_numpy(history.copy()), torch.from_numpy(targets.copy())
 
 
 @dataclass(frozen=True)
@@ -403,8 +425,9 @@ class SFTTrainer:
     def _batch(self, rows: np.ndarray) -> Batch:
         # Three numbers, where an epoch's order has two: no draw is shared.
         rng = np.random.default_rng((self.seed, self.step, 1))
+        config = self.config
         history, targets = self.windows.batch(
-            rows, self.config.horizon, self.config.horizon_decay, rng
+            rows, config.horizon, config.horizon_decay, rng, config.leave_out
         )
         drawn = int(rng.integers(2**62))
         rank, world = self.processes.rank, self.processes.world
