@@ -639,7 +639,9 @@ class Trie:
         if nodes.dim() != 1:
             raise ValueError(f"nodes must have shape [N], got {list(nodes.shape)}")
         outside = (nodes < -1) | (nodes >= self.num_nodes(level))
-        if outside.any():
+        if torch.compiler.is_compiling():
+            nodes = nodes.masked_fill(outside, -1)  # looking would end the graph
+        elif outside.any():
             at = int(outside.nonzero()[0])
             raise IndexError(
                 f"nodes[{at}] must lie in [-1, {self.num_nodes(level)}), got {int(nodes[at])}"

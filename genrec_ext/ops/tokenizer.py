@@ -144,11 +144,13 @@ def soft_assign(
         )
     codes = integers("codes", codes)
     levels = []
-    for level, book in enumerate(codebooks):
-        if level:
-            x = x - codebooks[level - 1][codes[:, level - 1]]
-        logits = torch.addmm(-book.square().sum(1), x, book.T, alpha=2.0)
-        levels.append(torch.softmax(logits / temperature, -1))
+    # Under autocast the products would be in bfloat16, and the distances between near codewords 0.
+    with torch.autocast(x.device.type, enabled=False):
+        for level, book in enumerate(codebooks):
+            if level:
+                x = x - codebooks[level - 1][codes[:, level - 1]]
+            logits = torch.addmm(-book.square().sum(1), x, book.T, alpha=2.0)
+            levels.append(torch.softmax(logits / temperature, -1))
     if not levels:
         return x.new_empty(len(x), 0, codebooks.shape[1])
     return torch.stack(levels, 1)
@@ -214,7 +216,7 @@ def straight_through_embedding(
 
     Raises:
         ValueError: a shape or dtype is wrong, or a level's rows are not in the table.
-        IndexError: on the CPU, a code outside [0, K).
+        IndexError: on the CPU and not compiled, a code outside [0, K).
 
     Source: the straight-through estimator (Bengio et al., arXiv 1308.3432) as BLOGER
     (arXiv 2510.21242) uses it on the recommender's inputs.
@@ -246,7 +248,7 @@ def straight_through_embedding(
         raise ValueError(
             f"level_offsets must begin {K} rows each within the table's {len(table)}, got {starts}"
         )
-    if codes.numel() and codes.device.type == "cpu":
+    if codes.numel() and codes.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = values_of(codes).aminmax()
         if least < 0 or most >= K:
             raise IndexError(f"codes must lie in [0, {K}), got {int(least)} to {int(most)}")
