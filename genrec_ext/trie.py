@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 from .data.readers import read_index
 from .data.tables import read_parquet_codes
+from .ops._shared import unmapped, values_of
 from .tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -495,11 +496,12 @@ class Trie:
             bad = (at < -1) | (at >= self.num_nodes(level))
             if at.device.type != "cpu" or torch.compiler.is_compiling():
                 at = at.masked_fill(bad, -1)  # looking would wait for the device
-            elif bool(bad.any()):
-                row = int(bad.nonzero()[0])
+            elif bool(values_of(bad).any()):
+                where = tuple(values_of(bad).nonzero()[0].tolist())
+                place = ", ".join(map(str, (*where, level)))
                 raise IndexError(
-                    f"nodes[{row}, {level}] must lie in [-1, {self.num_nodes(level)}), got "
-                    f"{int(at[row])}"
+                    f"nodes[{place}] must lie in [-1, {self.num_nodes(level)}), got "
+                    f"{int(values_of(at)[where])}"
                 )
             first = self._first_child[level].long()
             live, start = at.clamp(min=0), self._column_start[level]
@@ -633,10 +635,13 @@ class Trie:
         >>> trie.allowed(1, torch.tensor([1, -1, 0]))
         (tensor([1, 1, 2]), tensor([0, 1, 1, 3]))
         """
+        unmapped("trie_allowed", nodes)
         if nodes.dim() != 1:
             raise ValueError(f"nodes must have shape [N], got {list(nodes.shape)}")
         outside = (nodes < -1) | (nodes >= self.num_nodes(level))
-        if outside.any():
+        if torch.compiler.is_compiling():
+            nodes = nodes.masked_fill(outside, -1)  # looking would end the graph
+        elif outside.any():
             at = int(outside.nonzero()[0])
             raise IndexError(
                 f"nodes[{at}] must lie in [-1, {self.num_nodes(level)}), got {int(nodes[at])}"

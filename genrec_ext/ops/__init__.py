@@ -4,6 +4,7 @@ Importing this package loads the libraries that register ``torch.ops.genrec``.
 """
 
 from .. import _load  # noqa: F401  (registers the schemas that the modules below complete)
+from . import vmap  # noqa: F401
 from .head import level_logits
 from .policy import (
     SageConfig,

@@ -77,6 +77,7 @@ def support_arguments(
 # What torch tells of itself under no public name; without them nothing is done in place.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_functorch = torch._C._functorch
 
 
 def is_plain(x: Tensor) -> bool:
@@ -84,6 +85,38 @@ def is_plain(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
     return not is_transforming()
+
+
+def values_of(x: Tensor) -> Tensor:
+    """All the numbers that a tensor stands for under torch.func's transforms; elsewhere itself."""
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def unmapped(operator: str, *tensors: Any) -> None:
+    """For what needs all numbers at once, or has no fixed shape."""
+    if any(isinstance(x, Tensor) and values_of(x) is not x for x in tensors):
+        raise RuntimeError(
+            f"genrec's {operator} cannot run under torch.func.vmap or grad: call it once a slice"
+        )
+
+
+def wants_grad(operator: str, x: Tensor) -> bool:
+    """Whether a gradient will be asked for, by backward; those of torch.func.grad are refused.
+
+    A tensor that vmap maps over says that it needs none, whatever the one below it needs.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            raise RuntimeError(
+                f"genrec's {operator} has no gradient under torch.func.grad, vjp or jacrev: use "
+                "backward or torch.autograd.grad; torch.func.vmap works inside of these"
+            )
+        x = _functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def is_one(grad_output: Tensor) -> bool:
@@ -132,6 +165,12 @@ class FusedLoss(torch.autograd.Function):
             return times(grad_loss, grad), None, None
         torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
         return grad, None, None
+
+
+def register_body(library: torch.library.Library, name: str, body: Any) -> None:
+    """The body of an operator that consists of others; under vmap too, where torch would loop."""
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+        library.impl(name, body, key)
 
 
 def keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

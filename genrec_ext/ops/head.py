@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._shared import first_order_only, integers
+from ._shared import first_order_only, integers, register_body, wants_grad
 
 
 def level_logits(hidden: Tensor, weight: Tensor, ranges: Tensor | Sequence[Any]) -> Tensor:
@@ -47,6 +47,8 @@ def level_logits(hidden: Tensor, weight: Tensor, ranges: Tensor | Sequence[Any])
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     starts, ends = _levels(hidden, weight, ranges)
+    for x in (hidden, weight):
+        wants_grad("level_logits", x)
     return torch.ops.genrec.level_logits_forward(hidden, weight, starts, ends)
 
 
@@ -160,7 +162,7 @@ def _grad(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library = torch.library.Library("genrec", "IMPL")
-_library.impl("level_logits", _level_logits, "CompositeImplicitAutograd")
+register_body(_library, "level_logits", _level_logits)
 for _device in ("CPU", "CUDA"):
     _library.impl("level_logits_forward", _forward, _device)
     _library.impl("level_logits_backward", _backward, _device)

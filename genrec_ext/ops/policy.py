@@ -45,7 +45,10 @@ from ._shared import (
     keep_grad,
     kept_grad,
     one_device,
+    register_body,
     support_arguments,
+    values_of,
+    wants_grad,
 )
 
 if TYPE_CHECKING:
@@ -171,6 +174,7 @@ def _token_logps(
     temperature: float = 1.0,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    wants_grad("token_logps", logits)
     logps, entropy, _ = torch.ops.genrec.token_logps_forward(
         logits,
         integers("tokens", tokens),
@@ -397,7 +401,7 @@ def _sage_loss_and_stats(
     logits: Tensor, tokens: Tensor, old_logps: Tensor, advantages: Tensor, **arguments: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(logits)
-    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    with_grad = wants_grad("sage_loss", logits)
     if with_grad and logits.dtype == torch.float16:
         return _sage_loss_in_two_steps(logits, tokens, old_logps, advantages, arguments)
     rest = (integers("tokens", tokens), as_dtype(old_logps, dtype), as_dtype(advantages, dtype))
@@ -500,8 +504,9 @@ def _sage_loss_inplace(
     advantages: Tensor,
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    no_grad = not (torch.is_grad_enabled() and logits.requires_grad)
-    if no_grad or _is_sparse(logits, arguments):  # nothing to overwrite
+    no_grad = not wants_grad("sage_loss", logits)
+    mapped = values_of(logits) is not logits
+    if no_grad or mapped or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
     dtype = accumulate_dtype(logits)
     return _InplaceGrad.apply(
@@ -609,6 +614,7 @@ def sage_loss_from_logps(
 def _from_logps(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, **arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    wants_grad("sage_loss_from_logps", logps)
     dtype = accumulate_dtype(logps)
     loss, stats, _ = torch.ops.genrec.sage_loss_from_logps_forward(
         logps.to(dtype),
@@ -688,7 +694,7 @@ for _name, _body in {
     "sage_loss": _sage_loss,
     "sage_loss_from_logps": _sage_loss_from_logps,
 }.items():
-    _library.impl(_name, _body, "CompositeImplicitAutograd")
+    register_body(_library, _name, _body)
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "token_logps_forward": _token_logps_forward_fake,

@@ -32,7 +32,9 @@ from ._shared import (
     keep_grad,
     kept_grad,
     one_device,
+    register_body,
     support_arguments,
+    wants_grad,
 )
 
 if TYPE_CHECKING:
@@ -151,16 +153,17 @@ def _prefix_loss(
         "reduce": reduction != "none",
         "grad_output": None,
     }
-    return _run(torch.ops.genrec.prefix_loss_forward, logits, arguments)
+    return _run("prefix_loss", logits, arguments)
 
 
-def _run(kernel: Callable[..., Any], logits: Tensor, arguments: dict[str, Any]) -> Any:
+def _run(operator: str, logits: Tensor, arguments: dict[str, Any]) -> Any:
     """The kernel's results but the gradient, which is made beside them where one is wanted.
 
     For float16 it is made in backward, of what comes in: before, it would be rounded without a
     loss scale.
     """
-    wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
+    wanted = wants_grad(operator, logits) and logits.dtype != torch.float16
+    kernel = getattr(torch.ops.genrec, f"{operator}_forward")
     if wanted and is_plain(logits):
         results = FusedLoss.apply(logits, kernel, arguments)
     else:
@@ -288,7 +291,7 @@ def _prefix_pairwise_loss(
         "ce_weight": ce_weight,
         "grad_output": None,
     }
-    return _run(torch.ops.genrec.prefix_pairwise_loss_forward, logits.flatten(1, 2), arguments)
+    return _run("prefix_pairwise_loss", logits.flatten(1, 2), arguments)
 
 
 def prefix_pairwise_loss_from_logps(
@@ -363,6 +366,7 @@ def _prefix_pairwise_loss_from_logps(
     prefix_temperature: float = 1.0,
     ce_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    wants_grad("prefix_pairwise_loss_from_logps", logps)
     loss, levels, _ = torch.ops.genrec.prefix_pairwise_loss_from_logps_forward(
         logps,
         duplicates,
@@ -418,6 +422,7 @@ def _masked_softmax_loss(
     temperature: float = 1.0,
     **support: Any,
 ) -> Tensor:
+    wants_grad("masked_softmax_loss", logits)
     weights = torch.zeros(1, device=logits.device)
     return _prefix_loss(logits, tokens, weights, 0.0, temperature=temperature, **support)[0]
 
@@ -506,7 +511,7 @@ def _beam_aware_loss(
         "temperature": temperature,
         "grad_output": None,
     }
-    return _run(torch.ops.genrec.beam_aware_loss_forward, logits, arguments)
+    return _run("beam_aware_loss", logits, arguments)
 
 
 # ---- Meta and autograd of the kernels ----
@@ -597,7 +602,7 @@ for _name, _body in {
     "masked_softmax_loss": _masked_softmax_loss,
     "beam_aware_loss": _beam_aware_loss,
 }.items():
-    _library.impl(_name, _body, "CompositeImplicitAutograd")
+    register_body(_library, _name, _body)
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "prefix_loss_forward": _prefix_loss_forward_fake,

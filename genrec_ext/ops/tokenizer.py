@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._shared import integers, one_device
+from ._shared import integers, one_device, unmapped, values_of
 
 
 def _floats(name: str, x: Tensor, shape: str) -> Tensor:
@@ -144,26 +144,33 @@ def soft_assign(
         )
     codes = integers("codes", codes)
     levels = []
-    for level, book in enumerate(codebooks):
-        if level:
-            x = x - codebooks[level - 1][codes[:, level - 1]]
-        logits = torch.addmm(-book.square().sum(1), x, book.T, alpha=2.0)
-        levels.append(torch.softmax(logits / temperature, -1))
+    # Under autocast the products would be in bfloat16, and the distances between near codewords 0.
+    with torch.autocast(x.device.type, enabled=False):
+        for level, book in enumerate(codebooks):
+            if level:
+                x = x - codebooks[level - 1][codes[:, level - 1]]
+            logits = torch.addmm(-book.square().sum(1), x, book.T, alpha=2.0)
+            levels.append(torch.softmax(logits / temperature, -1))
     if not levels:
         return x.new_empty(len(x), 0, codebooks.shape[1])
     return torch.stack(levels, 1)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Its backward is made of differentiable operators, so it may be differentiated again."""
+    """Made of differentiable operators: differentiated any number of times, and by torch.func."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, probabilities: Tensor, table: Tensor, rows: Tensor, starts: list[int]
+        probabilities: Tensor, table: Tensor, rows: Tensor, starts: list[int]
     ) -> Tensor:
-        ctx.save_for_backward(probabilities, table)
-        ctx.starts = starts
         return table[rows]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        probabilities, table, _, ctx.starts = inputs
+        ctx.save_for_backward(probabilities, table)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -177,9 +184,10 @@ class _StraightThrough(torch.autograd.Function):
             for_probabilities = for_probabilities.to(probabilities)
         if ctx.needs_input_grad[1]:
             weights = probabilities.to(grad).permute(1, 2, 0)
-            each = torch.cat([torch.arange(start, start + K) for start in ctx.starts])
+            device = table.device  # made there: a copy from the host would wait, or end a capture
+            each = torch.cat([torch.arange(s, s + K, device=device) for s in ctx.starts])
             for_table = torch.zeros_like(table).index_add(
-                0, each.to(table.device), (weights @ grad.transpose(0, 1)).flatten(0, 1).to(table)
+                0, each, (weights @ grad.transpose(0, 1)).flatten(0, 1).to(table)
             )
         return for_probabilities, for_table, None, None
 
@@ -208,7 +216,7 @@ def straight_through_embedding(
 
     Raises:
         ValueError: a shape or dtype is wrong, or a level's rows are not in the table.
-        IndexError: on the CPU, a code outside [0, K).
+        IndexError: on the CPU and not compiled, a code outside [0, K).
 
     Source: the straight-through estimator (Bengio et al., arXiv 1308.3432) as BLOGER
     (arXiv 2510.21242) uses it on the recommender's inputs.
@@ -240,11 +248,13 @@ def straight_through_embedding(
         raise ValueError(
             f"level_offsets must begin {K} rows each within the table's {len(table)}, got {starts}"
         )
-    if codes.numel() and codes.device.type == "cpu":
-        least, most = codes.aminmax()
+    if codes.numel() and codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = values_of(codes).aminmax()
         if least < 0 or most >= K:
             raise IndexError(f"codes must lie in [0, {K}), got {int(least)} to {int(most)}")
-    rows = codes + torch.tensor(starts, device=codes.device)
+    # Added level by level: a tensor of the starts would be a copy from the host.
+    levels = [codes[:, level] + start for level, start in enumerate(starts)]
+    rows = torch.stack(levels, 1) if levels else codes
     return _StraightThrough.apply(probabilities, table, rows, starts)
 
 
@@ -339,6 +349,7 @@ def gradient_surgery(
     """
     if mode not in ("projection", "released", "none"):
         raise ValueError(f'mode must be one of "projection", "released", "none", got "{mode}"')
+    unmapped("gradient_surgery", *params, *g_rec, *g_token)
     shapes = [list(x.shape) for x in params]
     for name, gradients in (("g_rec", g_rec), ("g_token", g_token)):
         given = [None if x is None else list(x.shape) for x in gradients]
@@ -468,6 +479,7 @@ def resolve_collisions(
     >>> sorted(resolve_collisions(codes, "min_cost", codebook_size=3).tolist())
     [[4, 0], [4, 1], [4, 2], [5, 1]]
     """
+    unmapped("resolve_collisions", codes, distances)
     codes = _checked_codes(codes)
     if method not in ("suffix", "sinkhorn", "min_cost", "capacity"):
         raise ValueError(
@@ -582,6 +594,7 @@ def sid_report(codes: Tensor) -> dict[str, int | float | list[int] | list[float]
     >>> said["collision_rate"], said["largest_group"], said["entropy_bits"]
     (0.5, 2, [1.0, 1.5])
     """
+    unmapped("sid_report", codes)
     codes = _checked_codes(codes)
     N = len(codes)
     sizes = torch.unique(path_keys(codes), return_counts=True)[1] if N else codes.new_zeros(0)
