@@ -241,18 +241,20 @@ class _Training:
         """A checkpoint from which the run goes on to the same bits, where one is due."""
         if not (force or self.processes.agree(self.due())):
             return
-        self.saved = self.seconds()
+        state = trainer.state_dict()
         self.checkpoints.save(
             {
                 "identity": self.identity(),
                 "stage": stage,
-                "trainer": trainer.state_dict(),
+                "trainer": state,
+                "seen": self.processes.gather(state.get("seen")),  # by each, of its own share
                 "best": self.best,
                 "stages": self.stages,
                 "log": self.log,
                 "seconds": self.seconds(),
             }
         )
+        self.saved = self.seconds()  # once written, so that slow disks leave time to train
 
     def restored(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None."""
@@ -373,7 +375,10 @@ class _Training:
             self.take_best()  # of the stage before
         trainer = self._trainer(stage)
         if restored is not None:
-            trainer.load_state_dict(restored["trainer"])
+            state = restored["trainer"]
+            if len(restored["seen"]) == self.processes.world:
+                state = {**state, "seen": restored["seen"][self.processes.rank]}
+            trainer.load_state_dict(state)
         began, first_epoch = self.seconds(), trainer.epoch
         stale = self._stale_validations(stage)
         bar = tqdm(
