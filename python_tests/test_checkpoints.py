@@ -13,7 +13,7 @@ import torch
 
 from genrec_ext import cli, training
 from genrec_ext.models import CompactConfig
-from genrec_ext.training import TrainConfig, loop
+from genrec_ext.training import TrainConfig, checkpoint, loop, tracking
 from genrec_ext.training.checkpoint import CheckpointError, Checkpoints
 
 CONTENT = {
@@ -168,6 +168,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk):
         assert checkpoints.load()["step"] == 0
     checkpoints.save({"step": 2, "x": torch.ones(10)})
     assert checkpoints.load()["step"] == 2
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path, full_disk):
+    with pytest.raises(OSError, match=r"too large.*model\.pt"):
+        checkpoint.save(tmp_path / "model.pt", {"x": torch.ones(100_000)})
+    with pytest.raises(OSError, match=r"too large.*report\.html"):
+        checkpoint.save_text(tmp_path / "report.html", "x" * 100_000)
+    with (
+        pytest.raises(OSError, match=r"too large.*metrics\.jsonl"),
+        tracking.Journal(tmp_path, (), {}) as journal,
+    ):
+        journal.note({"stage": "sft", "text": "x" * 100_000})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):

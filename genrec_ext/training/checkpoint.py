@@ -34,9 +34,16 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside the target, flushes to disk, then takes the target's name in one step."""
+    """Writes beside the target, flushes to disk, then takes the target's name in one step.
+
+    Raises:
+        OSError: it could not be written; names the file.
+    """
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:  # of torch's writer, in place of the system's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
