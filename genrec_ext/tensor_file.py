@@ -33,11 +33,22 @@ _NO_CHECKSUM = "0" * 64
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system within names the file, also where the system does not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a write to a full disk
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the target's name once it is whole and on disk, or leaves no trace."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with naming(target), open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from genrec_ext import cli
+from genrec_ext import cli, training
+from genrec_ext.models import CompactConfig
+from genrec_ext.training import TrainConfig, checkpoint, loop, tracking
 from genrec_ext.training.checkpoint import CheckpointError, Checkpoints
 
 CONTENT = {
@@ -50,6 +52,57 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert checkpoints.load()["step"] == 4
     checkpoints.clear()
     assert checkpoints.numbers() == [] and checkpoints.load() is None
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"step": 0})
+    (checkpoints.folder / "000009").write_text("a file")
+    (checkpoints.folder / "10").mkdir()
+    assert checkpoints.load() == {"step": 0}
+    checkpoints.save({"step": 1})
+    assert checkpoints.numbers() == [1, 2]
+
+
+def test_checkpoints_behind_a_link_are_cleared(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large")
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save({"step": 0})
+    (tmp_path / "large" / "kept").write_text("")
+    checkpoints.clear(keep="kept")
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("tokenizer", ("data", "rqvae"))
+def test_a_run_that_is_refused_leaves_what_was_there(tmp_path, monkeypatch, tokenizer):
+    data = tmp_path / "lines.txt"
+    data.write_text("".join(f"{u} 1 2 3 4 5\n" for u in range(1, 9)))
+    run = {
+        "data": data, "out": tmp_path / "run", "stages": ("sft",), "epochs": 1,
+        "covisitation_features": 0, "tokenizer": tokenizer, "model": CompactConfig(width=16),
+    }  # fmt: skip
+    if tokenizer == "rqvae":
+        run["rqvae"] = {"epochs": 1, "codebook_size": 4}
+    training.train(TrainConfig(**run))
+
+    def there():
+        return {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "run").rglob("0*/*.*"))}
+
+    before, settings = there(), (tmp_path / "run" / "config.yaml").read_bytes()
+    assert before
+    with pytest.raises(CheckpointError, match="other settings"):
+        training.train(TrainConfig(**run, resume=True, seed=1))
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == settings
+
+    def unusable(*arguments, **options):
+        raise ValueError("no such device")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no such device"):
+        patch.setattr(loop, "CompactRecommender", unusable)
+        training.train(TrainConfig(**run))
+    assert there() == before and (tmp_path / "run" / "config.yaml").read_bytes() == settings
 
 
 def files_of(path):
@@ -115,6 +168,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk):
         assert checkpoints.load()["step"] == 0
     checkpoints.save({"step": 2, "x": torch.ones(10)})
     assert checkpoints.load()["step"] == 2
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path, full_disk):
+    with pytest.raises(OSError, match=r"too large.*model\.pt"):
+        checkpoint.save(tmp_path / "model.pt", {"x": torch.ones(100_000)})
+    with pytest.raises(OSError, match=r"too large.*report\.html"):
+        checkpoint.save_text(tmp_path / "report.html", "x" * 100_000)
+    with (
+        pytest.raises(OSError, match=r"too large.*metrics\.jsonl"),
+        tracking.Journal(tmp_path, (), {}) as journal,
+    ):
+        journal.note({"stage": "sft", "text": "x" * 100_000})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):

@@ -130,6 +130,9 @@ def test_a_lost_process_ends_the_run_and_what_it_saved_goes_on_to_the_same_bits(
     trained(run(cut, "--resume"), tmp_path)
     a, b = weights(whole), weights(cut)
     assert all(a[name].equal(b[name]) for name in a)
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, cut)]
+    first, second = ([{**json.loads(line), "seconds": None} for line in log] for log in logs)
+    assert first == second
     trained(run(fewer, "--resume", "--parallel", "fsdp", processes=1), tmp_path)
     c = weights(fewer)
     for name in a:  # another number of processes: the same steps, rounded otherwise

@@ -218,6 +218,15 @@ def test_a_loss_that_is_not_finite_is_an_error():
         run.train_epoch()
 
 
+def test_a_gradient_that_is_not_finite_is_an_error_before_the_weights_have_it():
+    run = trainer()
+    run.model.norm.weight.register_hook(lambda gradient: gradient / 0)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"norm is (nan|inf) at sft step 0"):
+        run.train_epoch()
+    assert all(map(torch.equal, before, run.model.parameters()))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

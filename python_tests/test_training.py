@@ -294,6 +294,28 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(data_file, tmp_path, monkeyp
     assert kept["trainer"]["model"]["norm.bias"].isnan().all()
 
 
+@pytest.mark.parametrize("what", ("loss", "norm"))
+def test_a_list_that_is_not_finite_is_kept_too(data_file, tmp_path, monkeypatch, what):
+    update = SageTrainer.update
+
+    def spoiled(self, lists):
+        if self.step == 1 and what == "loss":
+            lists.advantages.fill_(math.nan)
+        elif self.step == 1:
+            self.model.norm.weight.register_hook(lambda gradient: gradient / 0)
+        return update(self, lists)
+
+    monkeypatch.setattr(SageTrainer, "update", spoiled)
+    with pytest.raises(FloatingPointError, match=f"{what} is .* at rl step 1; its batch .* are in"):
+        training.train(settings(data_file, tmp_path, epochs=1))
+    kept = checkpoint.load(tmp_path / "failed_batch.pt")
+    assert kept["stage"] == "rl" and kept["trainer"]["step"] == 1
+    assert len(kept["batch"]["history"]) * 6 == len(kept["batch"]["items"])
+    assert all(
+        x.isfinite().all() for x in kept["trainer"]["model"].values() if x.is_floating_point()
+    )
+
+
 def test_training_on_a_raw_log(tmp_path, capsys):
     data = generate(seed=1, num_users=150, num_items=250).data
     rows = [

@@ -34,9 +34,16 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside the target, flushes to disk, then takes the target's name in one step."""
+    """Writes beside the target, flushes to disk, then takes the target's name in one step.
+
+    Raises:
+        OSError: it could not be written; names the file.
+    """
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:  # of torch's writer, in place of the system's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -103,16 +110,28 @@ class Checkpoints:
         """Of those that are there, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        named = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        numbers = sorted(int(name) for name in named if name.isdecimal())
+        return [number for number in numbers if self.path(number).name in named]
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}"
 
-    def clear(self) -> None:
-        """Removes all."""
-        if self.processes.first:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.processes.wait()
+    def clear(self, keep: str = "") -> None:
+        """Removes all, but for the file of this name.
+
+        Raises:
+            OSError, CheckpointError: something could not be removed.
+        """
+
+        def remove() -> None:
+            for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != keep:
+                    path.unlink()
+
+        self._first(remove)
 
     def save(self, content: Mapping[str, Any]) -> Path:
         """Adds a checkpoint; every process calls it.

@@ -91,7 +91,6 @@ class _Training:
         self.checkpoints = Checkpoints(self.folder, processes)
         if processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            settings.save(self.folder / "config.yaml", config)
         self.device = distributed.own_device(config.device)
         torch.manual_seed(config.seed)
         self.best_possible: dict[str, Any] | None = None
@@ -153,14 +152,15 @@ class _Training:
         assert codes is not None
         return torch.from_numpy(codes), [int(size) for size in codes.max(0) + 1]
 
+    def _fitted_path(self) -> Path:
+        name = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
+        return self.checkpoints.folder / f"tokenizer-{name}.safetensors"
+
     def _fitted(self) -> tokenizers.RQVAE:
         """The RQ-VAE that the run starts from: fitted by the first process, read by the others and
         by who resumes."""
-        name = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
-        path = self.checkpoints.folder / f"tokenizer-{name}.safetensors"
-        if not self.config.resume:
-            self.checkpoints.clear()
-        if self.processes.first and not path.exists():
+        path = self._fitted_path()
+        if self.processes.first and not (self.config.resume and path.exists()):
             settings = {"seed": self.config.seed, **self.config.rqvae}
             fitted = tokenizers.RQVAE(**settings).fit(self.embeddings, progress=True)
             path.parent.mkdir(exist_ok=True)
@@ -241,24 +241,25 @@ class _Training:
         """A checkpoint from which the run goes on to the same bits, where one is due."""
         if not (force or self.processes.agree(self.due())):
             return
-        self.saved = self.seconds()
+        state = trainer.state_dict()
         self.checkpoints.save(
             {
                 "identity": self.identity(),
                 "stage": stage,
-                "trainer": trainer.state_dict(),
+                "trainer": state,
+                "seen": self.processes.gather(state.get("seen")),  # by each, of its own share
                 "best": self.best,
                 "stages": self.stages,
                 "log": self.log,
                 "seconds": self.seconds(),
             }
         )
+        self.saved = self.seconds()  # once written, so that slow disks leave time to train
 
     def restored(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None."""
-        if not self.config.resume:
-            if not self.config.learns_tokenizer():  # else cleared before the tokenizer was fitted
-                self.checkpoints.clear()
+        if not self.config.resume:  # not before, as data and settings may turn out to be unusable
+            self.checkpoints.clear(keep=self._fitted_path().name)
             return None
         content = self.checkpoints.load(self.device)
         if content is None:
@@ -329,6 +330,8 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         restored, config = self.restored(), self.config
+        if self.processes.first:  # not of a run that is refused
+            settings.save(self.folder / "config.yaml", config)
         self.journal: tracking.Journal | tracking.Silence = tracking.Silence()
         if self.processes.first:
             self.journal = tracking.Journal(
@@ -373,7 +376,10 @@ class _Training:
             self.take_best()  # of the stage before
         trainer = self._trainer(stage)
         if restored is not None:
-            trainer.load_state_dict(restored["trainer"])
+            state = restored["trainer"]
+            if len(restored["seen"]) == self.processes.world:
+                state = {**state, "seen": restored["seen"][self.processes.rank]}
+            trainer.load_state_dict(state)
         began, first_epoch = self.seconds(), trainer.epoch
         stale = self._stale_validations(stage)
         bar = tqdm(
@@ -437,7 +443,7 @@ class _Training:
             self.stages[stage]["codes"] = summarize(updates)
         self.save(stage, trainer, force=True)
 
-    def _keep_failed(self, trainer: SFTTrainer, error: NonFiniteLossError) -> str:
+    def _keep_failed(self, trainer: SFTTrainer | SageTrainer, error: NonFiniteLossError) -> str:
         """Writes down what a loss that is not finite is of; says where."""
         name = (
             "failed_batch.pt" if self.processes.first else f"failed_batch-{self.processes.rank}.pt"
@@ -503,7 +509,11 @@ class _Training:
         end = self.config.rl.steps
         while trainer.step < end and not out_of_time():
             before = trainer.step
-            trainer.run(every - trainer.step % every, stop=stop, progress=progress)
+            try:
+                trainer.run(every - trainer.step % every, stop=stop, progress=progress)
+            except NonFiniteLossError as error:
+                bar.close()
+                raise FloatingPointError(f"{error}; {self._keep_failed(trainer, error)}") from error
             if trainer.step == end or trainer.step % every == 0 or out_of_time():
                 self.validate("rl", trainer.step)
                 bar.set_description(f"rl, validation {METRIC} {self.log[-1]['valid'][METRIC]:.4f}")

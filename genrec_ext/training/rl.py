@@ -22,7 +22,8 @@ from ..decode import beam_search, sample_items
 from ..models import CompactRecommender
 from ..ops import SageConfig, SageStats, decoupled_advantages, sage_loss, token_logps
 from ..trie import Trie
-from .distributed import ALONE, Processes, Replica, load_optimizer
+from .distributed import ALONE, Processes, Replica, load_optimizer, whole
+from .sft import NonFiniteLossError
 
 REWARDS = ("hit", "rank", "cold", "diversity")
 ROLLOUTS = ("sample", "beam")
@@ -187,6 +188,8 @@ class SageTrainer:
         processes: who trains it together, `users` lists a step each; all call the same methods.
     """
 
+    stage = "rl"
+
     def __init__(
         self,
         model: CompactRecommender,
@@ -328,10 +331,15 @@ class SageTrainer:
         """One optimiser step on a batch of lists; returns the loss and what to watch."""
         loss, stats = self._loss(lists)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at rl step {self.step}")
+            raise NonFiniteLossError(f"the loss is {loss.item()} at rl step {self.step}", lists)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.replica.own.parameters(), self.config.clip_norm)
+        parameters = self.replica.own.parameters()
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(
+                f"the gradient's norm is {norm.item()} at rl step {self.step}", lists
+            )
         self.optimizer.step()
         return loss.item(), stats
 

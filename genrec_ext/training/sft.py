@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models import CompactRecommender
 from ..objectives import VARIANTS
-from .distributed import ALONE, Processes, Replica, load_optimizer, split_like
+from .distributed import ALONE, Processes, Replica, load_optimizer, split_like, whole
 from .objective import OBJECTIVES, Objective, build
 
 PRECISIONS = ("float32", "bfloat16")
@@ -28,10 +28,10 @@ class NonFiniteLossError(FloatingPointError):
     """A loss or a gradient that is NaN or infinite.
 
     Attributes:
-        batch: what it is of.
+        batch: what it is of, a dataclass: a :class:`Batch`, or the lists of the stage rl.
     """
 
-    def __init__(self, text: str, batch: Batch) -> None:
+    def __init__(self, text: str, batch: Any) -> None:
         super().__init__(text)
         self.batch = batch
 
@@ -470,7 +470,11 @@ class SFTTrainer:
             for name, part in {"loss": loss.detach(), **parts}.items():
                 told[name] = told.get(name, 0.0) + share * part.item()
         self._before_update(batch)
-        nn.utils.clip_grad_norm_(self.parameters(), self.config.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters(), self.config.clip_norm))
+        if not torch.isfinite(norm):  # a step of it would leave nothing of the weights
+            raise NonFiniteLossError(
+                f"the gradient's norm is {norm.item()} at {self.stage} step {self.step}", batch
+            )
         self.optimizer.step()
         self.step += 1
         self._average()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..tensor_file import naming
 from . import checkpoint
 
 LINES = "metrics.jsonl"
@@ -69,8 +70,9 @@ class Journal:
         resume: bool = False,
     ) -> None:
         check(track)
-        checkpoint.save_text(folder / LINES, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = (folder / LINES).open("a", encoding="utf-8")
+        self._path = folder / LINES
+        checkpoint.save_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = self._path.open("a", encoding="utf-8")
         self._count, self._stage, self._step = 0, "", 0
         names = _names(folder, track, resume)
         self._trackers = [TRACKERS[name](folder, names.get(name), config) for name in track]
@@ -79,8 +81,9 @@ class Journal:
 
     def note(self, line: Mapping[str, Any]) -> None:
         """A line: ``stage``, ``step`` where it has one, ``seconds``, and figures, nested or not."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._tell(line)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
@@ -102,7 +105,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
 
