@@ -4,11 +4,16 @@
 #
 #   make demo     the whole product on a small generated catalogue, with a report
 #   make test     every test
+#   make matrix   the operators' tests, of one wheel beside each torch of TORCHES
 #   make bench    the benchmarks, into bench/results/
 #   make format   rewrite sources in the project's style
 #   make lint     check style and types
 #   make docs     the documentation's site, into build/site
 #   make wheel    a wheel and a source distribution, into dist/
+#
+# `make matrix TORCHES="torch==2.11.0 torch==2.13.0"`: an environment each in VENV/matrix.  Whether
+# these are CPU builds is the index's choice, most often CUDA's with gigabytes of libraries;
+# torch==2.11.0+cpu is a CPU build or nothing.  ABSENT=skip goes on where a torch is not to be had.
 #
 # PYTHON picks the interpreter, VENV the environment, TORCH what is installed as
 # torch there (a CPU or CUDA build of 2.11 or later; left alone where the
@@ -17,10 +22,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TORCHES ?= torch==2.11.0 $(TORCH)
+ABSENT ?= fail
 BIN    := $(VENV)/bin
 SOURCES := $(shell git ls-files csrc genrec_ext third_party '*.py' CMakeLists.txt pyproject.toml)
 
-.PHONY: demo test bench format lint docs wheel clean install
+.PHONY: demo test matrix bench format lint docs wheel clean install
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +54,27 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules --pyargs genrec_ext \
 	  python_tests
+
+$(VENV)/wheel: $(VENV)/torch $(SOURCES)
+	rm -rf $(VENV)/wheels
+	$(BIN)/pip wheel --progress-bar off --no-deps --wheel-dir $(VENV)/wheels .
+	touch $@
+
+OPERATOR_TESTS ?= $(addprefix python_tests/test_,policy.py prefix.py head.py tokenizer_ops.py \
+  trie.py torch_features.py)
+
+matrix: $(VENV)/wheel
+	@set -e; for torch in $(TORCHES); do \
+	  place=$(VENV)/matrix/$$torch; \
+	  $(PYTHON) -m venv $$place; \
+	  if ! $$place/bin/pip install -q --progress-bar off "$$torch"; then \
+	    echo "$$torch is not to be had here"; \
+	    if [ "$(ABSENT)" = skip ]; then continue; else exit 1; fi; \
+	  fi; \
+	  $$place/bin/pip install -q --progress-bar off pytest hypothesis $(VENV)/wheels/*.whl; \
+	  echo "torch `$$place/bin/python -c 'import torch; print(torch.__version__)'`:"; \
+	  $$place/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS); \
+	done
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/bench_sage.py

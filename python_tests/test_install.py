@@ -167,7 +167,8 @@ def test_the_same_build_loads_on_another_torch(tmp_path):
     import genrec_ext
 
     shutil.copytree(Path(genrec_ext.__file__).parent, tmp_path / "genrec_ext")
-    tests = [ROOT / "python_tests" / name for name in ("test_policy.py", "test_trie.py")]
+    names = ("test_policy.py", "test_trie.py", "test_torch_features.py")
+    tests = [ROOT / "python_tests" / name for name in names]
     result = subprocess.run(
         [other, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -3,6 +3,7 @@ graphs, vmap.  One table says how each operator is called; one that is missing t
 """
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -593,6 +594,21 @@ def test_vmap_inside_vmap_other_dimensions_and_no_sequences():
         torch.zeros(2, 0),
     )
     assert none.tolist() == [0, 0]
+
+
+def test_vmap_in_place_and_with_a_wrong_node():
+    (logits, *rest), _, _ = slices(TABLE["sage_loss"], "cpu")
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        call = functools.partial(genrec_ext.sage_loss, inplace_grad=inplace)
+        torch.func.vmap(call)(leaf * 1, *rest).sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0].abs().max() > 1e-3 and torch.equal(*grads)
+    (logits, tokens, nodes), _, _ = slices(TABLE["masked_softmax_loss"], "cpu")
+    nodes[2, 3, 1] = 999
+    with pytest.raises(IndexError, match=r"nodes\[2, 3, 1\] must lie in \[-1, 7\), got 999"):
+        torch.func.vmap(TABLE["masked_softmax_loss"].call)(logits, tokens, nodes)
 
 
 @each(*UNMAPPED)
