@@ -15,7 +15,7 @@ import torch
 
 from genrec_ext.data import generate
 from genrec_ext.training import checkpoint
-from genrec_ext.training.distributed import ALONE, Processes
+from genrec_ext.training.distributed import ALONE, Processes, joined
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
@@ -166,3 +166,52 @@ def test_shares_join_to_the_whole():
     assert sorted(np.concatenate(parts)) == list(rows)
     assert ALONE.joined(rows) is rows or (ALONE.joined(rows) == rows).all()
     assert ALONE.agree("x") == "x" and ALONE.mean({"a": 1.0}) == {"a": 1.0}
+
+
+@pytest.fixture
+def as_one_of_two(monkeypatch):
+    """The second process of a group that is there already."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    (
+        RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"),
+        torch.distributed.DistBackendError("NCCL watchdog"),
+    ),
+)
+def test_a_lost_process_is_told_in_words(as_one_of_two, error):
+    told = pytest.raises(ConnectionError, match="process 1: another process ended")
+    with told as raised, joined("ddp", 1) as processes:
+        assert processes == Processes(1, 2)
+        raise error
+    assert str(error) in str(raised.value)
+
+
+def test_another_error_stays_what_it_is(as_one_of_two):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), joined("ddp", 1):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_processes_on_cpus_need_no_gpu_each(as_one_of_two, monkeypatch):
+    def no_such_device(number):
+        raise RuntimeError("invalid device ordinal")
+
+    backends = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, timeout: backends.append(backend)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", no_such_device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with joined("ddp", 1, "cpu"):
+        pass
+    assert backends == ["gloo"]
+    with pytest.raises(RuntimeError, match="ordinal"), joined("ddp", 1, "cuda"):
+        pass

@@ -15,7 +15,9 @@ from genrec_ext import Trie, cli, training
 from genrec_ext.data import generate
 from genrec_ext.models import CompactConfig
 from genrec_ext.training import TrainConfig
+from genrec_ext.training import run as run_module
 from genrec_ext.training.checkpoint import CheckpointError
+from genrec_ext.training.export import card
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "catalogue.cpp"
 
@@ -76,6 +78,16 @@ def test_the_card_says_what_the_run_says_and_nothing_of_this_machine(run, export
     assert "small shop.txt" in body and '"epochs": 1' in body
     for file in ("README.md", "config.json"):
         assert str(data.parent) not in (exported / file).read_text()
+
+
+@pytest.mark.parametrize("name", ("😀 é.txt", "a: 'b' #\n---\n", "\x7f\x85\u2028\\"))
+def test_the_cards_head_is_yaml_whatever_the_names(run, name):
+    found = run_module.load(run[0])
+    found.source["path"] = name
+    head = card(found, run[2], license=name).split("\n---\n", 1)[0]
+    front = yaml.safe_load(head)
+    assert front["license"] == name
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == name
 
 
 def test_a_run_without_figures_has_a_card_too(run, tmp_path):

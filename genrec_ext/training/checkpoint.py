@@ -43,7 +43,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, **content}, file)
         except RuntimeError as error:  # of torch's writer, in place of the system's own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

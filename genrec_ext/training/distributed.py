@@ -141,7 +141,7 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined(parallel: str, timeout: float) -> Iterator[Processes]:
+def joined(parallel: str, timeout: float, device: str = "cpu") -> Iterator[Processes]:
     """The processes that `torchrun` started, or this one alone.
 
     Where torch.distributed is initialised already, that group is used and left as it is.
@@ -149,6 +149,10 @@ def joined(parallel: str, timeout: float) -> Iterator[Processes]:
     Args:
         parallel: of :class:`Processes`.
         timeout: seconds that a process waits for the others, before it ends with an error.
+        device: where they train.
+
+    Raises:
+        ConnectionError: another process ended, or did not answer in time.
     """
     dist = torch.distributed
     outside = dist.is_available() and dist.is_initialized()
@@ -157,12 +161,19 @@ def joined(parallel: str, timeout: float) -> Iterator[Processes]:
         return
     if not outside:
         backend = "gloo"
-        if torch.cuda.is_available():
+        if torch.device(device).type == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), parallel)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError(
+            f"process {dist.get_rank()}: another process ended, or did not answer within the "
+            f"timeout; its own error says why, and --resume goes on from what was saved ({error})"
+        ) from error
     finally:
         if not outside:
             dist.destroy_process_group()

@@ -138,7 +138,7 @@ def card(run: Run, metrics: dict[str, Any] | None, license: str | None = None) -
     model, name = run.model, _name(run)
     head = ["library_name: genrec", "tags: [recommendation, generative-retrieval, semantic-ids]"]
     if license is not None:
-        head.append(f"license: {json.dumps(license)}")
+        head.append(f"license: {_yaml(license)}")
     if metrics is not None:
         head += _model_index(name, metrics)
     parameters = sum(p.numel() for p in model.parameters())
@@ -201,7 +201,13 @@ def _model_index(name: str, metrics: dict[str, Any]) -> list[str]:
             ],
         }
     ]
-    return [f"model-index: {json.dumps(index)}"]  # JSON is YAML
+    return [f"model-index: {_yaml(index)}"]
+
+
+def _yaml(value: Any) -> str:
+    """JSON, which is YAML but for some characters: those past \\uFFFF have another escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if " " <= c <= "~" else f"\\U{ord(c):08x}" for c in text)
 
 
 def _figures(metrics: dict[str, Any]) -> list[str]:

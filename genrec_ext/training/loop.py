@@ -66,13 +66,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         CheckpointError: ``resume`` finds a checkpoint of another run or a damaged one, or a
             checkpoint cannot be written.
         ImportError: the ``[train]`` extra is not installed.
+        ConnectionError: another process ended, or did not answer in time.
         FloatingPointError: a loss is not finite; ``failed_batch.pt`` holds what it is of.
     """
     for module in ("dacite", "matplotlib", "safetensors", "sklearn", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
     tracking.check(config.track)
-    with distributed.joined(config.parallel, 60 * config.timeout) as processes:
+    with distributed.joined(config.parallel, 60 * config.timeout, config.device) as processes:
         return _Training(config, processes).run()
 
 
