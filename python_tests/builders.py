@@ -1,4 +1,5 @@
-"""Small data sets on disk, for the tests of readers and of whatever reads through them.
+"""Small data sets on disk, for the tests of readers and of whatever reads through them, and the
+environment of processes that tests start.
 
 The only place where tests write data files.
 """
@@ -7,8 +8,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import genrec_ext
 
 USERS = {"u1": [0, 1, 2, 3], "u2": [3, 1, 4], "u3": [2, 0, 4, 1, 3]}
 TABLE = {
@@ -59,3 +63,10 @@ def compressed(path: Path) -> Path:
     packed.write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
     return packed
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """For a process that imports the package which this one has, installed or of the checkout; to be
+    started elsewhere than in the checkout, whose package may not be built."""
+    found = str(Path(genrec_ext.__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": found, **more}

@@ -1,12 +1,10 @@
 """Checkpoints: whole or refused, and a run killed at any moment goes on to the same bits."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -269,9 +267,7 @@ print(json.dumps({"kills": done, "rounds": rounds, "seconds": length}))
 
 
 def test_a_run_killed_at_twenty_moments_goes_on_to_the_same_bits(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if "PYTHONPATH" in os.environ:
-        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment = child_environment(OMP_NUM_THREADS="1")
     found = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), "20"],
         cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=600,

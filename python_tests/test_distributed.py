@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import child_environment
 
 from genrec_ext.data import generate
 from genrec_ext.training import checkpoint
@@ -44,10 +45,7 @@ def command(processes, data_file, out, *options, settings=()):
 
 
 def started(words, cwd, **options):
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if "PYTHONPATH" in os.environ:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment = child_environment(OMP_NUM_THREADS="1")
     return subprocess.Popen(
         words, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, **options,

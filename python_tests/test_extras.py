@@ -7,7 +7,6 @@ too.
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from builders import child_environment
 
 from genrec_ext.data import generate
 
@@ -174,9 +174,7 @@ def absent(extra):
 
 
 def run(extra, code, cwd, *words):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
-    # Where pytest runs from a checkout, the checkout's package is meant.
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
+    environment = child_environment(HF_HUB_OFFLINE="1", MPLBACKEND="agg")
     command = [sys.executable, "-c", ABSENT + code, json.dumps(absent(extra)), *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 

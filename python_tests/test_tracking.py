@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import sqlite3
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import child_environment
 
 from genrec_ext import cli, training
 from genrec_ext.data import generate
@@ -65,16 +65,16 @@ def tracked(tmp_path_factory):
     track = [name for name in tracking.TRACKERS if importlib.util.find_spec(name)]
     if not track:
         pytest.skip("no tracker is installed")
-    environment = {
-        **os.environ,
-        "TRACKIO_DIR": str(folder / "trackio"),
-        "WANDB_MODE": "offline",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([*sys.path]),
-    }
+    environment = child_environment(
+        TRACKIO_DIR=str(folder / "trackio"), WANDB_MODE="offline", HF_HUB_OFFLINE="1"
+    )
     arguments = [str(folder / "small.txt"), str(folder / "run"), ",".join(track)]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     count = next(int(line) for line in done.stdout.splitlines() if line.isdecimal())
@@ -219,8 +219,8 @@ def test_lines_outlive_the_process(tmp_path):
         "journal.note({'stage': 'sft', 'step': 1, 'loss': 2.5})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(words, cwd=tmp_path, env=child_environment())
     assert done.returncode == -signal.SIGKILL
     assert lines_of(tmp_path) == [{"stage": "sft", "step": 1, "loss": 2.5}]
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import child_environment
 
 pytest.importorskip("trl")
 
@@ -23,11 +24,12 @@ def test_the_oldest_version_passes_the_same_tests(tmp_path):
     )
     if fetched.returncode:
         pytest.skip(f"trl {OLDEST} cannot be fetched here")
-    path = os.pathsep.join(filter(None, [str(tmp_path / "trl"), os.environ.get("PYTHONPATH")]))
+    environment = child_environment(GENREC_TRL=OLDEST)
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "trl"), environment["PYTHONPATH"]])
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)],
-        env={**os.environ, "PYTHONPATH": path, "GENREC_TRL": OLDEST},
-        cwd=ROOT,
+        env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
