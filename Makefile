@@ -63,7 +63,7 @@ $(VENV)/wheel: $(VENV)/torch $(SOURCES)
 OPERATOR_TESTS ?= $(addprefix python_tests/test_,policy.py prefix.py head.py tokenizer_ops.py \
   trie.py torch_features.py)
 
-matrix: $(VENV)/wheel
+matrix:
 	@set -e; for torch in $(TORCHES); do \
 	  place=$(VENV)/matrix/$$torch; \
 	  $(PYTHON) -m venv $$place; \
@@ -71,6 +71,7 @@ matrix: $(VENV)/wheel
 	    echo "$$torch is not to be had here"; \
 	    if [ "$(ABSENT)" = skip ]; then continue; else exit 1; fi; \
 	  fi; \
+	  $(MAKE) $(VENV)/wheel; \
 	  $$place/bin/pip install -q --progress-bar off pytest hypothesis $(VENV)/wheels/*.whl; \
 	  echo "torch `$$place/bin/python -c 'import torch; print(torch.__version__)'`:"; \
 	  $$place/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS); \

@@ -66,7 +66,9 @@ def compressed(path: Path) -> Path:
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """For a process that imports the package which this one has, installed or of the checkout; to be
-    started elsewhere than in the checkout, whose package may not be built."""
+    """For a process that is to import the same package as this one, installed or of a checkout.
+
+    Start it outside the checkout: there Python would take the checkout's, which may not be built.
+    """
     found = str(Path(genrec_ext.__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": found, **more}

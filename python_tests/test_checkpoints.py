@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from builders import child_environment
 
 from genrec_ext import cli, training
 from genrec_ext.models import CompactConfig
