@@ -74,7 +74,10 @@ def wheel(sdist, environment, tmp_path_factory):
     """(the wheel that the source distribution builds, what the build printed)."""
     out, python = tmp_path_factory.mktemp("wheel"), environment / "bin" / "python"
     words = (python, "-m", "pip", "wheel", "-vv", "--no-deps", "--wheel-dir", out, sdist)
-    log = run(*words, cwd=out, log=True)
+    # Beside the environment: seen from there, paths are the same each time, so that a compiler
+    # cache knows the sources again.
+    work = tmp_path_factory.mktemp("pip")
+    log = run(*words, cwd=out, env={"TMPDIR": str(work)}, log=True)
     (built,) = out.glob("*.whl")
     return built, log
 

@@ -41,15 +41,22 @@ pytestmark = [
 def simulator(tmp_path_factory):
     """The folder with every program of csrc/simulator, built."""
     folder = tmp_path_factory.mktemp("simulator")
+    # Sources and torch within the folder: seen from there, paths are the same in every checkout, so
+    # that a compiler cache knows them again.
+    source, build, libraries = folder / "source", folder / "build", folder / "torch"
+    for name in ("csrc", "third_party"):
+        shutil.copytree(ROOT / name, source / name)
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    libraries.symlink_to(Path(torch.__file__).parent)
     generator = ("-GNinja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}") if tool("ninja") else ()
     configure = (
-        *(tool("cmake"), "-S", ROOT, "-B", folder, *generator),
-        *("-DGENREC_SIMULATOR=ON", f"-DGENREC_TORCH_DIR={Path(torch.__file__).parent}"),
+        *(tool("cmake"), "-S", source, "-B", build, *generator),
+        *("-DGENREC_SIMULATOR=ON", f"-DGENREC_TORCH_DIR={libraries}"),
     )
-    for command in (configure, (tool("cmake"), "--build", folder, "--parallel", "2")):
+    for command in (configure, (tool("cmake"), "--build", build, "--parallel", "2")):
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
-    return folder / "csrc" / "simulator"
+    return build / "csrc" / "simulator"
 
 
 @pytest.fixture(scope="session")
