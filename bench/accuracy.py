@@ -77,7 +77,8 @@ def main() -> None:
         arguments.out,
         "Accuracy of the default recipe",
         "python bench/accuracy.py --data DATA",
-        "TIGER's figures are its authors', on their split of the same data.",
+        "TIGER's figures are its authors', on their split of the same data. The time is wall-clock "
+        "time of the stage, on a machine that other work shared.",
         tables,
     )
 
