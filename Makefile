@@ -101,7 +101,6 @@ lint: $(VENV)/linters $(VENV)/installed
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
-	$(BIN)/pip install --progress-bar off ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Tagged with the oldest glibc that it runs with, which is this machine's or an older one: build on

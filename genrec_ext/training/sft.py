@@ -215,9 +215,8 @@ class Windows:
         if leave_out:
             stays = (rng.random(history.shape) >= leave_out) & (history >= 0)
             stays[:, -1] = True
-            order = np.argsort(
-                stays, axis=1, kind="stable"
-            )  # what stays keeps its order, at the end
+            # What stays goes to the end and keeps its order.
+            order = np.argsort(stays, axis=1, kind="stable")
             gone = ~np.take_along_axis(stays, order, axis=1)
             width = int(stays.sum(1).max())
             history, targets = (
