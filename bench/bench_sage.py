@@ -5,7 +5,7 @@ python bench/bench_sage.py [--device cuda] [--quick] [--only loss|support|head]
 - loss: forward, and forward with gradient, at the shapes of spec/sage.md.  The bytes that must
   move are one read of the logits and one write of the gradient, which is what `logits.clone()`
   moves; "of copy" is the share of its bandwidth.
-- support: the same operator over 256-wide levels of a large vocabulary.
+- support: the same operator over 256-wide levels of a large vocabulary, in a row and alone.
 - head: language-model head and loss together, where `level_logits` computes a level's rows only.
 
 TRL's and Liger's own code is used where it is installed (`pip install trl liger-kernel`): TRL's
@@ -201,13 +201,6 @@ def measure_support(shape, device, repeats) -> list[dict]:
         def gradient(x, run=run, **settings):
             return torch.autograd.grad(run(x, **settings), x)
 
-        def memory_alone(x=source, T=T):
-            """The dense gradient that ranges must return: mapped, and touched where it is not 0."""
-            blank = torch.ops.genrec.blank_like(x.detach())
-            for t, (start, end) in enumerate(levels(T)):
-                blank[:, t, start:end] = 1
-            return blank
-
         methods: Methods = {
             "all columns": lambda x=source, f=gradient: f(x),
             "ranges": lambda x=source, f=gradient, r=ranges: f(x, ranges=r),
@@ -215,12 +208,11 @@ def measure_support(shape, device, repeats) -> list[dict]:
             "ranges, forward": lambda x=source, f=run, r=ranges: f(x.detach(), ranges=r),
             "eager, all columns": lambda x=source, f=gradient: f(x, loss=reference.sage_loss),
         }
-        if device == "cpu":
-            methods["ranges, memory alone"] = memory_alone
         results.append(
             {
                 "shape": shape,
                 "dtype": str(dtype).removeprefix("torch."),
+                "row": interleaved(methods, repeats, warmup=2, device=device, at_least=100.0),
                 "both": interleaved(methods, repeats, warmup=2, device=device),
                 "peak_mib": {k: peak_memory(f, device) for k, f in methods.items()},
             }
@@ -361,8 +353,35 @@ def against_table(results: list[dict], shape_name: str, base: str) -> list[str]:
     return table([shape_name, "dtype", "method", "ms", "peak MiB", f"/ {base}"], rows)
 
 
+def support_table(results: list[dict]) -> list[str]:
+    """Times in a row and alone, and how often `ranges` fits into each; memory."""
+    rows = []
+    for r in results:
+        row, alone = r["row"], r["both"]
+        for name in row:
+            cells = [" × ".join(map(str, r["shape"])), r["dtype"], name]
+            base = "ranges, forward" if name.endswith("forward") else "ranges"
+            for times in (row, alone):
+                took = times[name]["median"]
+                cells += [f"{took:.2f}", f"{took / times[base]['median']:.1f}"]
+            rows.append([*cells, f"{r['peak_mib'][name]:.0f}"])
+    head = [
+        "N × T × V",
+        "dtype",
+        "method",
+        "ms in a row",
+        "/ ranges",
+        "ms alone",
+        "/ ranges",
+        "MiB",
+    ]
+    return table(head, rows)
+
+
 def picture(name: str, results: dict[str, list[dict]]) -> None:
     """Bars of each method's time over that of a copy, or over level_logits."""
+    if not {"loss", "head"} & set(results):
+        return
     bars(
         name,
         [
@@ -397,7 +416,14 @@ def main() -> None:
     sections = loss_tables(results["loss"]) if "loss" in results else []
     if "support" in results:
         sections += ["## 256-wide levels of a large vocabulary", ""]
-        sections += against_table(results["support"], "N × T × V", "ranges")
+        sections += [
+            "In a row: calls of one method, one after the other. Alone: one call after those of "
+            "the others, which leave nothing of ours in any cache; Python and autograd alone then "
+            "take about half a millisecond. Forward is compared with forward. MiB: peak beyond "
+            "the logits.",
+            "",
+            *support_table(results["support"]),
+        ]
     if "head" in results:
         sections += ["## Head and loss, 256-wide levels", ""]
         sections += against_table(results["head"], "N × T × V × d", "level_logits")

@@ -24,8 +24,13 @@ def interleaved(
     repeats: int | dict[str, int] = 9,
     warmup: int = 1,
     device: str = "cpu",
+    at_least: float = 0.0,
 ) -> dict[str, dict[str, float]]:
     """Times methods in turns, so that a busy machine slows all alike.
+
+    A run is one call, which finds the caches as the other methods left them; or, with `at_least`
+    milliseconds, as many calls in a row as take about that long, the freeing of what they return
+    included, as in a loop that does nothing else.
 
     On CUDA by events, with the second-level cache overwritten before each run.  `repeats` may be a
     number for each method; those that run less often are spread over the rounds.  On a virtual
@@ -36,6 +41,11 @@ def interleaved(
     for method in methods.values():
         for _ in range(warmup):
             method()
+    calls = dict.fromkeys(methods, 1)
+    if at_least:
+        calls = {
+            name: max(1, round(at_least / time_once(method))) for name, method in methods.items()
+        }
     times: dict[str, list[float]] = {name: [] for name in methods}
     disturbed: dict[str, list[float]] = {name: [] for name in methods}
     counts = dict.fromkeys(methods, repeats) if isinstance(repeats, int) else repeats
@@ -44,9 +54,22 @@ def interleaved(
         for name, method in methods.items():
             if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
                 before = stolen()
-                took = time_once(method)
-                (times if stolen() - before <= 0.05 * took else disturbed)[name].append(took)
+                took = time_once(in_a_row(method, calls[name]))
+                (times if stolen() - before <= 0.05 * took else disturbed)[name].append(
+                    took / calls[name]
+                )
     return {name: quantiles(times[name] or disturbed[name]) for name in methods}
+
+
+def in_a_row(method: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    if calls == 1:
+        return method
+
+    def run() -> None:
+        for _ in range(calls):
+            method()
+
+    return run
 
 
 def stolen() -> float:

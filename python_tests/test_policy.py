@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -900,6 +901,66 @@ def test_a_scaled_loss_over_a_support_scales_its_gradient(support, inplace, ours
     loss = ours.sage_loss(leaf, *arguments, inplace_grad=inplace, **given)
     (loss * 0.5).backward()
     torch.testing.assert_close(leaf.grad, want * 0.5)
+
+
+def supported_gradient(V, width=300, seed=0, N=4, T=2, form="ranges"):
+    """A function that computes a gradient which is zero but for `width` columns a row."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, T, V, generator=g)
+    start = torch.tensor([17, V - width - 1])
+    tokens = start + torch.randint(0, width, (N, T), generator=g)
+    if form == "ranges":
+        given = {"ranges": torch.stack((start, start + width), 1)}
+    else:
+        columns = (start[:, None] + torch.arange(width)).flatten().int()
+        begin = torch.tensor([0, width]).repeat(N, 1)
+        given = {"columns": (columns, begin, begin + width)}
+    arguments = (tokens, torch.full((N, T), -5.0), torch.randn(N, generator=g))
+    held = torch.zeros(N, T, V, dtype=torch.bool)
+    for t, s in enumerate(start.tolist()):
+        held[:, t, s : s + width] = True
+
+    def gradient():
+        grad = loss_and_grad(genrec_ext.sage_loss, logits, *arguments, **given)[1]
+        assert not grad[~held].any() and grad[held].all()
+        return grad
+
+    return gradient
+
+
+@pytest.mark.parametrize("form", ("ranges", "columns"))
+def test_memory_of_a_gradient_that_is_used_again_holds_nothing_of_what_was_in_it(form):
+    gradient = supported_gradient(70_000, form=form)
+    other = supported_gradient(90_000, seed=1, form=form)
+    first, besides = gradient().clone(), other().clone()
+    for value in (7.0, float("nan")):
+        used = gradient()
+        used.fill_(value)  # as an accumulation into it would, far from where it was written
+        del used
+        again, beside = gradient(), gradient()  # two alive: not the same memory
+        assert torch.equal(again, first) and torch.equal(beside, first)
+        assert again.data_ptr() != beside.data_ptr()
+        again[:, :, 5] = value
+        part = beside[1:, 1, ::3]  # outlives its base
+        del again, beside
+        assert torch.equal(other(), besides) and torch.equal(gradient(), first)
+        assert torch.equal(part, first[1:, 1, ::3])
+
+
+def test_gradients_of_several_threads_do_not_share_memory():
+    gradients = [supported_gradient(V, seed=V) for V in (70_000, 70_000, 80_000, 90_000)]
+    wanted = [gradient().clone() for gradient in gradients]
+
+    def often(i):
+        for _ in range(30):
+            grad = gradients[i]()
+            if not torch.equal(grad, wanted[i]):
+                return False
+            grad.fill_(i + 1)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(often, range(4)))
 
 
 def test_large_supported_logits_are_left_alone_in_place():

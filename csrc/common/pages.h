@@ -12,9 +12,19 @@ namespace genrec {
 // huge pages ignore it.
 void advise_huge_pages(void* data, int64_t bytes);
 
+// Bytes [begin, end) of a buffer.
+struct Span {
+  int64_t begin, end;
+};
+
 // Zeroed memory whose pages arrive as they are touched, for a buffer of which
 // most stays zero; null where there is none.
 void* map_blank(int64_t bytes);
-void unmap_blank(void* data, int64_t bytes);
+
+// Takes it back.  A page's arrival costs more than what is written to it, so the
+// pages of `written`, spans in rising order, are zeroed and kept for the next
+// map_blank of as many bytes, where they are few; all others return to the system,
+// and with them whatever anybody wrote there.
+void release_blank(void* data, int64_t bytes, const Span* written, int64_t count);
 
 }  // namespace genrec

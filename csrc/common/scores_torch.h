@@ -27,6 +27,11 @@ struct Gradient {
   bool blank;
 };
 
+// Whether rows are normalised over part of their columns.
+inline bool is_supported(const Scores& s) {
+  return s.support.ranges != nullptr || s.support.begin != nullptr;
+}
+
 #if defined(GENREC_CUDA_LIBRARY)
 
 inline constexpr bool kOnHost = false;
@@ -46,7 +51,7 @@ inline void run(int (*launch)(const Args&, void*), const Args& args, const Tenso
   run(launch, args, 1, 0, where);
 }
 
-inline Gradient new_gradient(const Tensor& like, bool) {
+inline Gradient new_gradient(const Tensor& like, const Scores&) {
   return {new_tensor(like, like.scalar_type(), {like.size(0), like.size(1), like.size(2)}), false};
 }
 
@@ -71,15 +76,40 @@ inline void run(void (*kernel)(const Args&), const Args& args, const Tensor&) {
   kernel(args);
 }
 
-inline Gradient new_gradient(const Tensor& like, bool sparse) {
+// Where the gradient of scores with a support is written: a span a row, or nothing
+// where rows are many.
+inline std::vector<Span> written_spans(const Scores& s, int64_t element_size) {
+  constexpr int64_t kFew = 4096;
+  std::vector<Span> spans;
+  if (s.N * s.T > kFew) return spans;
+  spans.reserve(static_cast<size_t>(s.N * s.T));
+  const Support& u = s.support;
+  for (int64_t i = 0; i < s.N * s.T; ++i) {
+    if (!counts(s.mask, i)) continue;  // nothing is written, and its bounds may be anything
+    int64_t first = 0, last = 0;
+    if (u.ranges != nullptr) {
+      first = u.ranges[i % s.T * 2];
+      last = u.ranges[i % s.T * 2 + 1];
+    } else if (u.begin[i] < u.end[i]) {
+      first = u.columns[u.begin[i]];
+      last = u.columns[u.end[i] - 1] + 1;
+    }
+    if (first < last)
+      spans.push_back({(i * s.V + first) * element_size, (i * s.V + last) * element_size});
+  }
+  return spans;
+}
+
+inline Gradient new_gradient(const Tensor& like, const Scores& s) {
   const int64_t N = like.size(0), T = like.size(1), V = like.size(2);
+  const int64_t element_size = static_cast<int64_t>(like.element_size());
   // Pages come one by one: worth it where a row has many that stay untouched.
   constexpr int64_t kLongRow = int64_t{16} << 10;
-  if (sparse && V * static_cast<int64_t>(like.element_size()) >= kLongRow)
-    if (std::optional<Tensor> blank = new_blank(like, {N, T, V})) return {*blank, true};
+  if (is_supported(s) && V * element_size >= kLongRow)
+    if (std::optional<Tensor> blank = new_blank(like, {N, T, V}, written_spans(s, element_size)))
+      return {*blank, true};
   Tensor values = new_tensor(like, like.scalar_type(), {N, T, V});
-  advise_huge_pages(values.mutable_data_ptr(),
-                    values.numel() * static_cast<int64_t>(values.element_size()));
+  advise_huge_pages(values.mutable_data_ptr(), values.numel() * element_size);
   return {values, false};
 }
 
@@ -239,11 +269,6 @@ inline void check_indices(const Rows& rows, bool validate) {
 
 // How many columns a sequence has: what parallel grain is made of.
 inline int64_t work_of(const Scores& s) { return s.T * s.V; }
-
-// Whether rows are normalised over part of their columns.
-inline bool is_supported(const Scores& s) {
-  return s.support.ranges != nullptr || s.support.begin != nullptr;
-}
 
 template <class Enum>
 inline Enum one_of(const std::string& value, const char* name,

@@ -160,7 +160,7 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
   const Tensor by_entropy = torch::stable::contiguous(grad_entropy);
   const Tensor held_norm = torch::stable::contiguous(norm);
   const Tensor held_entropy = torch::stable::contiguous(entropy);
-  const Gradient grad = new_gradient(logits, is_supported(rows.scores));
+  const Gradient grad = new_gradient(logits, rows.scores);
   const TokenLogpsBackwardArgs args{rows.scores,
                                     held_norm.const_data_ptr(),
                                     held_entropy.const_data_ptr(),
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
-  const Gradient grad = with_grad ? new_gradient(logits, is_supported(s))
+  const Gradient grad = with_grad ? new_gradient(logits, s)
                                   : Gradient{new_tensor(logits, logits.scalar_type(), {0}), false};
   auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, reduce);
   return {loss, stats, grad.values};

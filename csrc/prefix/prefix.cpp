@@ -98,8 +98,8 @@ RowsResult run_rows(const Rows& rows, RowsArgs args, bool reduce, bool with_grad
   const Scores& s = rows.scores;
   const ScalarType S = accumulate_type(s.dtype);
   const Tensor logps = new_tensor(rows.logits, S, {s.N, s.T});
-  const Gradient grad = with_grad ? new_gradient(rows.logits, is_supported(s))
-                                  : Gradient{nothing_like(rows.logits), false};
+  const Gradient grad =
+      with_grad ? new_gradient(rows.logits, s) : Gradient{nothing_like(rows.logits), false};
   args.in = s;
   args.logps = logps.mutable_data_ptr();
   args.grad_logits = with_grad ? grad.values.mutable_data_ptr() : nullptr;
@@ -225,8 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_pairwise_loss_forward(
   // On the CPU doubles, between its two passes.
   const Tensor logps = new_tensor(logits, kOnHost ? ScalarType::Double : S, {s.N, s.T});
   const Tensor slopes = new_tensor(logits, S, {with_grad ? s.N : 0, s.T});
-  const Gradient grad =
-      with_grad ? new_gradient(logits, false) : Gradient{nothing_like(logits), false};
+  const Gradient grad = with_grad ? new_gradient(logits, s) : Gradient{nothing_like(logits), false};
   c.args.in = s;
   c.args.logps = logps.mutable_data_ptr();
   c.args.wide_logps = kOnHost;
