@@ -41,24 +41,28 @@ struct SinkhornArgs {
   const float* cost = nullptr;  // [N, K]
   double epsilon = 1;
   float* potentials = nullptr;  // [K], in units of the cost
-  float* levels = nullptr;      // [N], NaN at first: what rows' exponents are taken from
+  float* drift = nullptr;       // [K]: log2 of how far they are from those that `plan` holds
+  bool renew = true;            // whether `plan` is to be made anew
   int64_t block_rows = 1;       // rows whose column sums are taken together
   int64_t blocks = 0;
   float* tops = nullptr;  // [blocks, K]: largest log2 of the plan in a block's column
   float* sums = nullptr;  // [blocks, K]: sum of the plan there, over 2^top
-  float* plan = nullptr;  // [N, K]
+  float* plan = nullptr;  // [N, K]; until the end its exponentials, rows not normalised
 };
+
+// What became of the potentials: they moved a little, or too far for the exponentials
+// that are held; or they did not move, as a sum has too few digits.
+enum class Columns { near, far, lost };
 
 // One instruction set's kernels.
 struct CpuKernels {
   int64_t rows;  // that are quantized together
   void (*prepare)(const QuantizeArgs&);
   void (*quantize)(const QuantizeArgs&, int64_t first, int64_t last);  // vectors
-  // Columns' sums of blocks, as they are or on logarithms; then the potentials, or false
-  // where the former have too few digits.
+  // Columns' sums of blocks, as they are or on logarithms; then the potentials.
   void (*sinkhorn_blocks)(const SinkhornArgs&, int64_t first, int64_t last);
   void (*sinkhorn_exact_blocks)(const SinkhornArgs&, int64_t first, int64_t last);
-  bool (*sinkhorn_columns)(const SinkhornArgs&, bool exact);
+  Columns (*sinkhorn_columns)(const SinkhornArgs&, bool exact);
   void (*sinkhorn_plan)(const SinkhornArgs&, int64_t first, int64_t last);  // rows
 };
 

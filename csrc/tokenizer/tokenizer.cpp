@@ -90,9 +90,9 @@ Tensor sinkhorn(const Tensor& cost, double epsilon, int64_t iterations) {
   args.potentials = potentials.mutable_data_ptr<float>();
   args.tops = partial.mutable_data_ptr<float>();
   args.sums = args.tops + args.blocks * K;
-  const Tensor levels = new_tensor(cost, ScalarType::Float, {N});
-  args.levels = levels.mutable_data_ptr<float>();
-  std::fill_n(args.levels, N, NAN);
+  const Tensor drift = new_tensor(cost, ScalarType::Float, {K});
+  args.drift = drift.mutable_data_ptr<float>();
+  std::fill_n(args.drift, K, 0.f);
   std::fill_n(args.potentials, K, 0.f);
   const int64_t rows_worth = std::max<int64_t>(1, (1 << 14) / K);
   const int64_t blocks_worth = std::max<int64_t>(1, rows_worth / args.block_rows);
@@ -102,9 +102,12 @@ Tensor sinkhorn(const Tensor& cost, double epsilon, int64_t iterations) {
   };
   for (int64_t i = 0; i < iterations; ++i) {
     sum_columns(kernels().sinkhorn_blocks);
-    if (kernels().sinkhorn_columns(args, false)) continue;
-    sum_columns(kernels().sinkhorn_exact_blocks);
-    kernels().sinkhorn_columns(args, true);
+    Columns moved = kernels().sinkhorn_columns(args, false);
+    if (moved == Columns::lost) {
+      sum_columns(kernels().sinkhorn_exact_blocks);
+      moved = kernels().sinkhorn_columns(args, true);
+    }
+    args.renew = moved == Columns::far;
   }
   torch::stable::parallel_for(0, N, rows_worth, [&](int64_t first, int64_t last) {
     kernels().sinkhorn_plan(args, first, last);

@@ -380,12 +380,16 @@ class SinkhornRoom {
  public:
   explicit SinkhornRoom(const SinkhornArgs& a)
       : width((a.K + kLanes - 1) / kLanes * kLanes),
-        memory_(static_cast<float*>(std::malloc(4 * sizeof(float) * static_cast<size_t>(width)))),
+        memory_(static_cast<float*>(std::malloc(5 * sizeof(float) * static_cast<size_t>(width)))),
         y(memory_),
         potentials(y + width),
-        tops(potentials + width),
+        factors(potentials + width),
+        tops(factors + width),
         sums(tops + width) {
-    for (int64_t k = 0; k < width; ++k) potentials[k] = k < a.K ? a.potentials[k] : 0;
+    for (int64_t k = 0; k < width; ++k) {
+      potentials[k] = k < a.K ? a.potentials[k] : 0;
+      factors[k] = k < a.K ? std::exp2(a.drift[k]) : 0;
+    }
   }
   SinkhornRoom(const SinkhornRoom&) = delete;
   SinkhornRoom& operator=(const SinkhornRoom&) = delete;
@@ -397,7 +401,7 @@ class SinkhornRoom {
   float* memory_;
 
  public:
-  float *y, *potentials, *tops, *sums;
+  float *y, *potentials, *factors, *tops, *sums;
 };
 
 // Leaves y = potential - cost, -inf in the padding, and returns its maximum.
@@ -440,40 +444,43 @@ float row_exponentials(float top, float scale, SinkhornRoom& room) {
   return sum_lanes(sum);
 }
 
-// Floats between what is read and what is asked for.
-constexpr int64_t kAhead = 512;
-
-// Leaves the exponentials of a row, over exp(level / epsilon), in y and returns their sum.
-// A row's level is where its sum once was 1 or more; while it is of use, a pass over the
-// row for its maximum is saved.
-float row_sum(const SinkhornArgs& a, int64_t n, float scale, SinkhornRoom& room) {
-  const float* cost = a.cost + n * a.K;
-  const float level = a.levels[n];
-  vfloat sum{};
-  int64_t k = 0;
-  for (; k + kLanes <= a.K; k += kLanes) {
-    prefetch(cost + k + kAhead);
-    const vfloat y = load(room.potentials + k) - load(cost + k);
-    const vfloat e = exp2_or_zero((y - level) * scale);
-    store(room.y + k, e);
-    sum += e;
-  }
-  if (k < a.K) {
-    const vfloat c = load_some(cost + k, static_cast<int>(a.K - k), INFINITY);
-    const vfloat e = exp2_or_zero((load(room.potentials + k) - c - level) * scale);
-    store(room.y + k, e);
-    sum += e;
-  }
-  const float total = sum_lanes(sum);
-  if (total > 0x1p-20f && total < 0x1p20f) [[likely]]
-    return total;
-  a.levels[n] = row_top(cost, a.K, room);
-  return row_exponentials(a.levels[n], scale, room);
+// Writes a row's exponentials, over that of its top, where the plan will be, and
+// returns their sum.
+float renew_row(const SinkhornArgs& a, int64_t n, float scale, SinkhornRoom& room) {
+  const float top = row_top(a.cost + n * a.K, a.K, room);
+  const float total = row_exponentials(top, scale, room);
+  std::memcpy(a.plan + n * a.K, room.y, sizeof(float) * static_cast<size_t>(a.K));
+  return total;
 }
 
-// Sums of the plan's columns by block of rows, each row normalised on the way: the plan
-// is never stored.  A sum over 2^top; as the plan has it, or, with kExact, on logarithms,
-// where the whole of a column may be too small for float.
+// The same sum at the present potentials, from what renew_row wrote.
+float row_sum(const float* row, int64_t K, const SinkhornRoom& room) {
+  vfloat sum0{}, sum1{};
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
+    sum0 += load(row + k) * load(room.factors + k);
+    sum1 += load(row + k + kLanes) * load(room.factors + k + kLanes);
+  }
+  for (; k < K; k += kLanes) {
+    const int n = K - k < kLanes ? static_cast<int>(K - k) : kLanes;
+    sum0 += load_some(row + k, n, 0) * load(room.factors + k);
+  }
+  return sum_lanes(sum0 + sum1);
+}
+
+void add_row(const float* row, float weight, int64_t K, SinkhornRoom& room) {
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes)
+    store(room.sums + k, load(room.sums + k) + load(row + k) * weight);
+  if (k < K) {
+    const vfloat r = load_some(row + k, static_cast<int>(K - k), 0);
+    store(room.sums + k, load(room.sums + k) + r * weight);
+  }
+}
+
+// Sums of the plan's columns by block of rows, each row normalised on the way.  Without
+// kExact, a sum is short of the column's factor; with it, sums are over 2^top and taken on
+// logarithms, as the whole of a column may be too small for float.
 template <bool kExact>
 void sinkhorn_blocks(const SinkhornArgs& a, int64_t first, int64_t last) {
   const int64_t K = a.K;
@@ -498,9 +505,9 @@ void sinkhorn_blocks(const SinkhornArgs& a, int64_t first, int64_t last) {
           store(room.sums + k, t > before ? so_far * e + 1.f : so_far + e);
         }
       } else {
-        const float inverse = 1 / row_sum(a, n, scale, room);
-        for (int64_t k = 0; k < room.width; k += kLanes)
-          store(room.sums + k, load(room.sums + k) + load(room.y + k) * inverse);
+        const float* row = a.plan + n * K;
+        const float total = a.renew ? renew_row(a, n, scale, room) : row_sum(row, K, room);
+        add_row(row, 1 / total, K, room);
       }
     }
     std::memcpy(a.tops + block * K, room.tops, sizeof(float) * static_cast<size_t>(K));
@@ -508,26 +515,37 @@ void sinkhorn_blocks(const SinkhornArgs& a, int64_t first, int64_t last) {
   }
 }
 
-// Elements of the plan below 2^(kLeastExponent + 20) are lost where it is not summed on
-// logarithms: less than N 2^-48 of a sum above this.
+// How far, in powers of 2, a potential may move from where the rows' exponentials were
+// taken.
+constexpr float kFarthest = 10;
+
+// Elements of the plan below 2^(kLeastExponent + 2 kFarthest) are lost where it is not
+// summed on logarithms: less than N 2^-48 of a sum above this.
 constexpr double kSmallSum = 0x1p-32;
 
-// The next potentials; or nothing, and false, where a column's sum has lost its digits.
-bool sinkhorn_columns(const SinkhornArgs& a, bool exact) {
+// The next potentials; or nothing, where a column's sum has lost its digits.
+Columns sinkhorn_columns(const SinkhornArgs& a, bool exact) {
   const double share = std::log2(static_cast<double>(a.N) / static_cast<double>(a.K));
   const double scale = kLog2e / a.epsilon;
+  float farthest = exact ? INFINITY : 0;
   for (int write = 0; write < 2; ++write)
     for (int64_t k = 0; k < a.K; ++k) {
-      double top = exact ? -INFINITY : 0, sum = 0;
+      double top = exact ? -INFINITY : a.drift[k], sum = 0;
       if (exact)
         for (int64_t b = 0; b < a.blocks; ++b) top = std::fmax(top, a.tops[b * a.K + k]);
       for (int64_t b = 0; b < a.blocks; ++b)
         sum += exact ? a.sums[b * a.K + k] * std::exp2(a.tops[b * a.K + k] - top)
                      : static_cast<double>(a.sums[b * a.K + k]);
-      if (write == 0 && !exact && sum < kSmallSum) return false;
-      if (write != 0) a.potentials[k] += static_cast<float>((share - top - std::log2(sum)) / scale);
+      if (write == 0 && !exact && std::exp2(top) * sum < kSmallSum) return Columns::lost;
+      if (write == 0) continue;
+      const double step = share - top - std::log2(sum);
+      a.potentials[k] += static_cast<float>(step / scale);
+      a.drift[k] += static_cast<float>(step);
+      if (!(std::fabs(a.drift[k]) <= farthest)) farthest = std::fabs(a.drift[k]);
     }
-  return true;
+  if (farthest <= kFarthest) return Columns::near;
+  for (int64_t k = 0; k < a.K; ++k) a.drift[k] = 0;
+  return Columns::far;
 }
 
 void sinkhorn_plan(const SinkhornArgs& a, int64_t first, int64_t last) {
