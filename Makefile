@@ -10,6 +10,7 @@
 #   make lint     check style and types
 #   make docs     the documentation's site, into build/site
 #   make wheel    a wheel and a source distribution, into dist/
+#   make older    the operators' tests, of that wheel in an older system's tree; see .ci/older
 #
 # `make matrix TORCHES="torch==2.11.0 torch==2.13.0"`: an environment each in VENV/matrix.  Whether
 # these are CPU builds is the index's choice, most often CUDA's with gigabytes of libraries;
@@ -27,7 +28,7 @@ ABSENT ?= fail
 BIN    := $(VENV)/bin
 SOURCES := $(shell git ls-files csrc genrec_ext third_party '*.py' CMakeLists.txt pyproject.toml)
 
-.PHONY: demo test matrix bench format lint docs wheel clean install
+.PHONY: demo test matrix bench format lint docs wheel older clean install
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -113,6 +114,9 @@ wheel: $(VENV)/torch
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' \
 	  --exclude 'libc10*' --wheel-dir dist dist/plain/*.whl
 	rm -r dist/plain
+
+older: $(VENV)/torch
+	bash .ci/older $(ROOT) $(OLD_PYTHON) $(BIN)/pip $(TORCH) $(OPERATOR_TESTS)
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info runs/demo

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from bench_pairwise_step import with_processor_time
 from common import interleaved, peak_memory, quantiles, table, write_report
+from study import COMPARED
 
 from genrec_ext import tokenizers
 from genrec_ext.bilevel import ORDERS
@@ -44,9 +45,10 @@ def trained(path: Path, epochs: int) -> BilevelTrainer:
     features = [embeddings]
     if data.texts is not None and any(data.texts):  # as `genrec train` has them
         features.append(tokenizers.covisitation_embeddings(split.train, data.num_items))
-    model = CompactRecommender(CompactConfig(), codes, sizes, torch.cat(features, 1))
+    of_model, of_sft = COMPARED
+    model = CompactRecommender(CompactConfig(**of_model), codes, sizes, torch.cat(features, 1))
     trainer = BilevelTrainer(
-        model, split.train, tokenizer, embeddings, SFTConfig(), BilevelConfig()
+        model, split.train, tokenizer, embeddings, SFTConfig(**of_sft), BilevelConfig()
     )
     for _ in range(epochs):
         trainer.train_epoch()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, table
 from study import (
+    COMPARED,
     Found,
     K,
     Line,
@@ -35,6 +36,7 @@ from study import (
     write_text,
 )
 
+from genrec_ext.models import CompactConfig
 from genrec_ext.training import BilevelConfig, SFTConfig
 
 BASE = "fixed"
@@ -51,7 +53,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 def configure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     changes = METHODS[method]
+    model, sft = COMPARED
     return {
+        "model": CompactConfig(**model),
+        "sft": SFTConfig(**sft),
         "epochs": arguments.epochs,
         "stages": ("sft" if changes is None else "bilevel",),
         "tokenizer": "rqvae",

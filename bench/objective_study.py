@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, table
 from study import (
+    COMPARED,
     Found,
     K,
     Line,
@@ -46,7 +47,8 @@ Setting = tuple[SFTConfig, CompactConfig]
 
 
 def setting(objective: str, softmax: str, **changes: Any) -> Setting:
-    return SFTConfig(objective=objective, **changes), CompactConfig(softmax=softmax)
+    model, sft = COMPARED
+    return SFTConfig(objective=objective, **sft, **changes), CompactConfig(softmax=softmax, **model)
 
 
 METHODS: dict[str, Setting] = {

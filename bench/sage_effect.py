@@ -22,10 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, machine
+from study import COMPARED
 
 from genrec_ext import SageConfig, SageStats, metrics, sage_loss_from_logps
 from genrec_ext.data import Split
-from genrec_ext.training import RLConfig, SageTrainer, TrainConfig, evaluation, run, train
+from genrec_ext.models import CompactConfig
+from genrec_ext.training import (
+    RLConfig,
+    SageTrainer,
+    SFTConfig,
+    TrainConfig,
+    evaluation,
+    run,
+    train,
+)
 from genrec_ext.training.rl import Rollout, list_entropy
 
 K = 10
@@ -178,7 +188,12 @@ def start(folder: Path, data: str, seed: int) -> None:
     out = folder / f"start-{seed}"
     if not (out / "metrics.json").exists():
         path = None if data == run.GENERATED else data
-        train(TrainConfig(out=out, data=path, seed=seed, stages=("sft",), resume=True))
+        model, sft = CompactConfig(**COMPARED[0]), SFTConfig(**COMPARED[1])
+        train(
+            TrainConfig(
+                out=out, data=path, seed=seed, stages=("sft",), resume=True, model=model, sft=sft
+            )
+        )
 
 
 def measure(

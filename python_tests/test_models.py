@@ -327,7 +327,7 @@ def test_parts_that_do_not_fit_are_errors(codes, sizes, features, message):
     ("settings", "message"),
     [
         ({"width": 0}, "width: 0"),
-        ({"heads": 3}, "heads: 3; expected a divisor of width 64"),
+        ({"heads": 3}, "heads: 3; expected a divisor of width 128"),
         ({"dropout": 1.0}, "dropout: 1.0"),
         ({"softmax": "vocab"}, "softmax: 'vocab'"),
         ({"item_weight": -1.0}, "item_weight: -1.0"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -74,13 +75,15 @@ def test_batches_hold_every_window_once_and_differ_by_epoch():
     assert max(np.ptp(windows.lengths[rows]) for rows in first) < np.ptp(windows.lengths)
 
 
-def test_padding_is_counted():
+@pytest.mark.parametrize("leave_out", (0.0, 0.5))
+def test_padding_is_counted(leave_out):
     windows = Windows(sequences(50), 6)
     rng = np.random.default_rng(0)
-    for rows in windows.batches(8, rng):
-        history, _ = windows.batch(rows, 1, 0.5, rng)
-        assert windows.padding(rows) == (int((history < 0).sum()), history.numel())
-    run = trainer(sequences(50))
+    stays = windows.leave_out(leave_out, rng)
+    for rows in windows.batches(8, rng, stays):
+        history, _ = windows.batch(rows, 1, 0.5, rng, stays)
+        assert windows.padding(rows, stays) == (int((history < 0).sum()), history.numel())
+    run = trainer(sequences(50), leave_out=leave_out)
     steps = []
     means = run.train_epoch(progress=lambda _, parts: steps.append(parts["padding"]))
     assert min(steps) <= means["padding"] <= max(steps) and len(set(steps)) > 1
@@ -89,31 +92,52 @@ def test_padding_is_counted():
 def test_what_is_left_out_is_gone_from_histories_alone():
     windows = Windows([np.arange(n) for n in (3, 6, 9)] * 2000, 8)
     rows = np.arange(len(windows))
-    history, targets = windows.batch(rows, 1, 0.5, np.random.default_rng(0), 0.3)
+    rng = np.random.default_rng(0)
+    stays = windows.leave_out(0.3, rng)
+    history, targets = windows.batch(rows, 1, 0.5, rng, stays)
     there = history >= 0
     assert (targets == torch.where(there, history + 1, -1)).all(), "each item keeps its target"
     first = there.int().argmax(1, keepdim=True)
     assert (there == (torch.arange(history.shape[1]) >= first)).all(), "padding is on the left"
     assert (history[:, 1:] > history[:, :-1])[there[:, :-1]].all(), "order is kept"
     assert (history[:, -1] == torch.from_numpy(windows.lengths) - 2).all(), "the latest stays"
-    long = torch.from_numpy(windows.lengths) == 9
-    kept = there[long].sum(1).float() - 1  # of 7 beside the latest
-    assert abs(kept.mean() / 7 - 0.7) < 0.02 and kept.min() < 3
-    whole = windows.batch(rows, 1, 0.5, np.random.default_rng(0), 0.0)[0]
+    kept = there[torch.from_numpy(windows.lengths) == 9].sum(1) - 1  # of 7 beside the latest
+    binomial = torch.tensor([math.comb(7, k) * 0.7**k * 0.3 ** (7 - k) for k in range(8)])
+    share = torch.bincount(kept, minlength=8) / len(kept)
+    assert (share - binomial).abs().max() < 0.03
+    assert windows.leave_out(0.0, rng) is None
+    whole = windows.batch(rows, 1, 0.5, np.random.default_rng(0))[0]
     assert (whole >= 0).sum() == (windows.lengths - 1).sum()
+
+
+def test_what_is_left_out_is_drawn_anew_every_epoch_and_the_same_after_a_resume():
+    run = trainer(sequences(50), leave_out=0.5)
+    first = [run._batch(rows) for rows in run._plan()[1]]
+    again = trainer(sequences(50), leave_out=0.5)
+    assert all(torch.equal(run._batch(r).history, again._batch(r).history) for r in run._plan()[1])
+    run.train_epoch()
+    second = [run._batch(rows) for rows in run._plan()[1]]
+    assert [b.history.tolist() for b in first] != [b.history.tolist() for b in second]
+    later = trainer(sequences(50), leave_out=0.5)
+    later.load_state_dict(run.state_dict())
+    assert all(torch.equal(run._batch(r).history, later._batch(r).history) for r in run._plan()[1])
 
 
 INDEX = {"office": {}, "beauty": {"index": "rkmeans_zcr"}}
 
 
+@pytest.mark.parametrize("leave_out", (0.0, SFTConfig().leave_out))
 @pytest.mark.parametrize("name", INDEX)
-def test_little_of_a_real_batch_is_padding(shared_data, name):
+def test_little_of_a_real_batch_is_padding(shared_data, name, leave_out):
     data = load(shared_data / f"amazon14-{name}", **INDEX[name])
     windows = Windows(leave_one_out(data).train, CompactConfig().max_history)
-    epochs = [windows.batches(SFTConfig().users, np.random.default_rng(i)) for i in (0, 1)]
-    for batches in epochs:
-        padded, places = np.sum([windows.padding(rows) for rows in batches], 0)
+    epochs = []
+    for rng in (np.random.default_rng(i) for i in (0, 1)):
+        stays = windows.leave_out(leave_out, rng)
+        batches = windows.batches(SFTConfig().users, rng, stays)
+        padded, places = np.sum([windows.padding(rows, stays) for rows in batches], 0)
         assert padded < 0.1 * places
+        epochs.append(batches)
     first, second = ({frozenset(rows.tolist()) for rows in batches} for batches in epochs)
     assert not first & second, "batches must differ every epoch"
 

@@ -53,7 +53,7 @@ class CompactConfig:
             empty one, which so becomes what a new user gets.
     """
 
-    width: int = 64
+    width: int = 128
     heads: int = 2
     layers: int = 2
     max_history: int = 30

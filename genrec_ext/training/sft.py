@@ -52,8 +52,8 @@ class SFTConfig:
             data what follows soon is nearly as good a witness as what follows next.
         horizon_decay: in (0, 1).
         leave_out: share of the items of a history that are left out of it, drawn anew every epoch;
-            they stay targets. So a state depends less on having seen this very history. The latest
-            item always stays.
+            the latest always stays. So a state depends less on having seen this very history. Take
+            0 where the order of the latest items decides, as in the generated catalogue.
         clip_norm: largest norm of a gradient.
         accumulate: parts that a batch's sequences are worked through in, one after the other; their
             gradients add up to the batch's, and memory is that of a part.
@@ -85,7 +85,7 @@ class SFTConfig:
     weight_decay: float = 0.01
     horizon: int = 5
     horizon_decay: float = 0.5
-    leave_out: float = 0.0
+    leave_out: float = 0.4
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
@@ -169,16 +169,42 @@ class Windows:
     def __len__(self) -> int:
         return len(self._items)
 
-    def batches(self, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-        """All windows in batches of about equal length, in random order."""
-        # A jitter of two items: batches waste little on padding, yet differ every epoch.
-        order = np.argsort(self.lengths + 2 * rng.random(len(self)), kind="stable")
+    def leave_out(self, share: float, rng: np.random.Generator) -> np.ndarray | None:
+        """Which items an epoch leaves out of histories.
+
+        Args:
+            share: as `leave_out` in :class:`SFTConfig`.
+            rng: draws them.
+
+        Returns:
+            Bool `[W, T]`, True where an item of a window's history stays; None: all stay.
+        """
+        if not share:
+            return None
+        there = self._items[:, :-1] >= 0
+        stays = there & (rng.random(there.shape) >= share)
+        stays[:, -1] = True
+        return stays
+
+    def positions(self, stays: np.ndarray | None = None) -> np.ndarray:
+        """`[W]`: items of each window's history, by default all that are there."""
+        # The last item of a window is a target only.
+        return self.lengths - 1 if stays is None else stays.sum(1)
+
+    def batches(
+        self, size: int, rng: np.random.Generator, stays: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """All windows in batches of about equal length, of what stays, in random order."""
+        # A jitter of a tenth: batches waste little on padding, yet differ every epoch.
+        order = np.argsort(self.positions(stays) * (1 + 0.1 * rng.random(len(self))), kind="stable")
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         return [batches[place] for place in rng.permutation(len(batches))]
 
-    def padding(self, rows: np.ndarray) -> tuple[int, int]:
+    def padding(self, rows: np.ndarray, stays: np.ndarray | None = None) -> tuple[int, int]:
         """Positions of a batch of these windows that are padding, and all of its positions."""
-        places = self.lengths[rows] - 1  # the last item of a window is a target only
+        places = self.positions(None if stays is None else stays[rows])
+        if stays is None:
+            places = places[rows]
         total = len(rows) * int(places.max())
         return total - int(places.sum()), total
 
@@ -188,14 +214,15 @@ class Windows:
         horizon: int,
         decay: float,
         rng: np.random.Generator,
-        leave_out: float = 0.0,
+        stays: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
         """History and drawn targets of some windows.
 
         Args:
             rows: `[B]`, which windows.
-            horizon, decay, leave_out: as in :class:`SFTConfig`.
-            rng: draws the targets, and what is left out.
+            horizon, decay: as in :class:`SFTConfig`, `horizon` and `horizon_decay`.
+            rng: draws the targets.
+            stays: what :meth:`leave_out` gave.
 
         Returns:
             `(history, targets)`, each int64 `[B, T]`, -1 where there is none.
@@ -212,13 +239,12 @@ class Windows:
         targets = np.take_along_axis(items, place + ahead, axis=1)
         first = longest - self.lengths[rows] + self._context[rows]
         targets[place < first[:, None]] = -1
-        if leave_out:
-            stays = (rng.random(history.shape) >= leave_out) & (history >= 0)
-            stays[:, -1] = True
+        if stays is not None:
+            here = stays[rows, stays.shape[1] + 1 - longest :]
             # What stays goes to the end and keeps its order.
-            order = np.argsort(stays, axis=1, kind="stable")
-            gone = ~np.take_along_axis(stays, order, axis=1)
-            width = int(stays.sum(1).max())
+            order = np.argsort(here, axis=1, kind="stable")
+            gone = ~np.take_along_axis(here, order, axis=1)
+            width = int(here.sum(1).max())
             history, targets = (
                 np.where(gone, -1, np.take_along_axis(part, order, axis=1))[:, -width:]
                 for part in (history, targets)
@@ -357,6 +383,7 @@ class SFTTrainer:
             fused=True,
         )
         self._averages: list[Tensor] | None = None
+        self._planned: tuple[int, np.ndarray | None, list[np.ndarray]] | None = None
         if config.average:
             self._averages = [p.detach().clone() for p in trained.parameters()]
 
@@ -412,21 +439,29 @@ class SFTTrainer:
         epoch = self.epoch
         if self.step % self.epoch_steps == 0:
             self._seen = _Means()
-        batches = self.windows.batches(self.users, np.random.default_rng((self.seed, epoch)))
+        stays, batches = self._plan()
         while self.epoch == epoch and not self.done and not stop():
             rows = batches[self.step % self.epoch_steps]
             parts = self._train_step(rows)
-            padded, positions = self.windows.padding(rows)
+            padded, positions = self.windows.padding(rows, stays)
             self._seen.add(parts, padded, positions)
             progress(self.step, {**parts, "padding": padded / positions})
         return self.processes.mean(self._seen.means())
+
+    def _plan(self) -> tuple[np.ndarray | None, list[np.ndarray]]:
+        """What stays of the histories in this epoch, and its batches."""
+        if self._planned is None or self._planned[0] != self.epoch:
+            rng = np.random.default_rng((self.seed, self.epoch))
+            stays = self.windows.leave_out(self.config.leave_out, rng)
+            self._planned = (self.epoch, stays, self.windows.batches(self.users, rng, stays))
+        return self._planned[1:]
 
     def _batch(self, rows: np.ndarray) -> Batch:
         # Three numbers, where an epoch's order has two: no draw is shared.
         rng = np.random.default_rng((self.seed, self.step, 1))
         config = self.config
         history, targets = self.windows.batch(
-            rows, config.horizon, config.horizon_decay, rng, config.leave_out
+            rows, config.horizon, config.horizon_decay, rng, self._plan()[0]
         )
         drawn = int(rng.integers(2**62))
         rank, world = self.processes.rank, self.processes.world
