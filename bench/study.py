@@ -19,7 +19,7 @@ from genrec_ext import metrics
 from genrec_ext.training import TrainConfig, evaluation, run, train
 
 K = 10
-COMPARED = {"width": 64}, {"leave_out": 0.0}
+COMPARED = {"width": 64}, {"leave_out": 0.0, "average": 0.0}
 """Settings of the model and of the sft stage under which studies compare, whatever the defaults
 have become since: a committed figure can be repeated, and a new run stands beside old ones."""
 METRICS = {"recall": "Recall", "ndcg": "NDCG"}

@@ -317,7 +317,7 @@ def _run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             minutes=3.5,
             model=models.CompactConfig(width=64),
-            sft=training.SFTConfig(leave_out=0.0),
+            sft=training.SFTConfig(leave_out=0.0, average=0.0),
         )
         print(training.summary(training.train(config)))
         print(f"\nopen {Path(arguments.out) / 'report.html'}")

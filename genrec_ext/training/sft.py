@@ -89,7 +89,7 @@ class SFTConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
-    average: float = 0.0
+    average: float = 0.998
     objective: str | None = None
     temperature: float = 1.0
     beta: float | None = None
