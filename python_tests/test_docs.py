@@ -34,6 +34,8 @@ def test_every_public_name_is_in_the_reference(site):
         if name != "__version__" and f'id="genrec_ext.{name}"' not in page
     ]  # fmt: skip
     assert not missing
+    assert 'id="genrec_ext.training.export.export"' in page
+    assert not re.findall(r'<h\d id="(genrec_ext[\w.]*\._[a-zA-Z]\w*)"', page), "private"
     assert ":class:" not in page and ":func:" not in page
 
 

@@ -93,6 +93,7 @@ model = transformers.T5ForConditionalGeneration(
 ).eval()
 trie = Trie.from_items([[3, 5], [3, 6], [4, 5]])
 found = hf.beam_search_hf(model, trie, width=3, input_ids=torch.tensor([[1, 2]]))
+transformers.TrainingArguments(output_dir="out", report_to=[], use_cpu=True)
 assert sorted(found.items.flatten().tolist()) == [0, 1, 2]
 """,
     "trl": """

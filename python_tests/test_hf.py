@@ -516,11 +516,18 @@ def test_what_the_tree_cannot_compute_is_refused():
     forgetful.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="kept 0 of 7 positions in its cache: switch off gradient"):
         hf.beam_search_hf(forgetful, trie, 2, **given)
-    strange = copy.deepcopy(tiny("llama"))
-    strange.lm_head = torch.nn.Sequential(strange.lm_head)
-    strange.lm_head.weight = strange.lm_head[0].weight
-    with pytest.raises(ValueError, match=r"needs a head that is torch.nn.Linear, got Sequential"):
-        hf.beam_search_hf(strange, trie, 2, **given, softmax="level")
+
+
+@pytest.mark.parametrize("softmax", ("children", "level"))
+def test_a_head_that_is_no_plain_linear_layer_gives_its_level_s_columns(softmax):
+    trie, given = catalogue(0, N=20, L=3), prompts(2)
+    model = copy.deepcopy(tiny("llama"))
+    want = hf.beam_search_hf(model, trie, 4, **given, softmax=softmax)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    model.lm_head.weight = model.lm_head[0].weight
+    got = hf.beam_search_hf(model, trie, 4, **given, softmax=softmax)
+    assert torch.equal(got.items, want.items)
+    torch.testing.assert_close(got.scores, want.scores)
 
 
 def test_arguments_that_do_not_fit_are_refused():

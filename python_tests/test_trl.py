@@ -319,6 +319,64 @@ def test_loss_and_gradient_are_the_references(changed, tmp_path):
     assert abs(ratio - 1) > 1e-4
 
 
+TITLES = [[9, 10, 11], [9, 10], [9, 12, 13], [8], [8, 14], [15, 8, 9]]
+
+
+def titles(levels):
+    """As `title_trie` makes them, of any length."""
+    return Trie.from_items([row + [EOS] * (levels - len(row)) for row in TITLES])
+
+
+@pytest.mark.parametrize("make", (sample_rollout, beam_rollout))
+def test_what_fills_titles_up_counts_nowhere(make, tmp_path):
+    told = []
+    for levels in (4, 12):
+        sage = trainer(
+            tmp_path, rollout=make(titles(levels), end=EOS), max_completion_length=levels,
+            rewards=(lambda items, **_: [float(i % 3) for i in items],),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        _, batch = one_batch(sage)
+        with torch.no_grad():  # the policy moves, so that the ratio leaves 1
+            g = torch.Generator().manual_seed(5)
+            for parameter in sage.model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+        tokens = batch["completion_ids"]
+        first = (tokens == EOS).int().argmax(1, keepdim=True)
+        behind = torch.arange(levels) > first
+        assert behind.any() and (tokens[behind] == EOS).all()
+        assert not batch["old_per_token_logps"][behind].any(), "forced, so certain"
+        loss = sage.compute_loss(sage.model, batch)
+        loss.backward()
+        told.append([tokens[:, :4], loss.detach(), *(p.grad for p in sage.model.parameters())])
+        assert abs(sage._metrics["train"]["sage/ratio"][-1] - 1) > 1e-3
+    assert torch.equal(told[0][0], told[1][0])
+    for short, long in zip(*(values[1:] for values in told), strict=True):
+        torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-6)
+
+
+def test_titles_need_their_end():
+    with pytest.raises(ValueError, match=f"end must be given: every item .* token {EOS}"):
+        sample_rollout(titles(5))
+    with pytest.raises(ValueError, match=r"end must be the last token of every item.*got 9"):
+        beam_rollout(titles(5), end=9)
+    # No fill: the last token is the same, and an item's own.
+    for codes in ([[5, 6, 1], [5, 7, 1], [6, 6, 1]], [[1, 6, 1], [5, 7, 1]]):
+        assert sample_rollout(Trie.from_items(codes)).end is None
+
+
+def test_an_adapter_of_the_new_tokens_is_trained(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(
+        target_modules="all-linear", trainable_token_indices=list(range(FIRST, FIRST + K * L))
+    )
+    sage = trainer(tmp_path, settings={"peft_config": adapter}, max_steps=2)
+    before = {n: p.detach().clone() for n, p in sage.model.named_parameters() if p.requires_grad}
+    sage.train()
+    moved = {n for n, p in sage.model.named_parameters() if n in before and not p.equal(before[n])}
+    assert any("token_adapter" in name for name in moved) and any("lora" in n for n in moved)
+
+
 def test_advantages_are_decoupled_and_missing_rewards_are_left_out(tmp_path):
     sage = trainer(
         tmp_path, reward_weights=[1.0, 0.3], advantage_clamp=1.2, per_device_train_batch_size=16

@@ -701,18 +701,17 @@ class _Head:
         if self._narrow:
             head = model.get_output_embeddings()
             self._name = next(name for name, module in model.named_modules() if module is head)
-            fits = isinstance(head, nn.Linear) and head.weight.shape[1] == head.in_features
-            if not fits or not head.weight.is_floating_point():
-                raise ValueError(
-                    f"softmax={softmax!r} needs a head that is torch.nn.Linear, got "
-                    f"{type(head).__name__}: use 'vocab'"
-                )
+            # Of any other head, such as an adapter's, a level's columns are taken from all.
+            plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+            whole = plain and head.weight.is_floating_point()
+            fits = whole and head.weight.shape[1] == head.in_features
+            self._rows: type[nn.Module] = _HeadRows if fits else _HeadColumns
 
     def model(self, level: int, replaced: Mapping[str, nn.Module] | None = None) -> Any:
         """The model, with only the level's rows of its head where those suffice."""
         modules = dict(replaced or {})
         if self._narrow:
-            modules[self._name] = _HeadRows(
+            modules[self._name] = self._rows(
                 self._model.get_output_embeddings(), self._ranges[level]
             )
         return _replaced(self._model, modules) if modules else self._model
@@ -749,6 +748,18 @@ class _HeadRows(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self._weight, self._bias)
+
+
+class _HeadColumns(nn.Module):
+    """Some columns of what any head gives."""
+
+    def __init__(self, head: nn.Module, rows: tuple[int, int]) -> None:
+        super().__init__()
+        self._head, self._columns = (head,), rows  # in a tuple, as it is listed where it belongs
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        begin, end = self._columns
+        return cast(Tensor, self._head[0](hidden)[..., begin:end])
 
 
 class _OwnColumns:

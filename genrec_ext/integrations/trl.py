@@ -102,9 +102,10 @@ class TrieRollout:
     Attributes:
         trie: the catalogue; its columns are the model's token ids.
         kind: ``"sample"`` or ``"beam"``.
+        end: the token that ends items of unequal length; None: all have the trie's length.
     """
 
-    def __init__(self, trie: Trie, kind: str) -> None:
+    def __init__(self, trie: Trie, kind: str, end: int | None = None) -> None:
         if not isinstance(trie, Trie):
             raise ValueError(f"trie must be a genrec_ext.Trie, got {type(trie).__name__}")
         if trie.num_available != trie.num_items:
@@ -112,7 +113,23 @@ class TrieRollout:
                 f"trie must have all its items available, got {trie.num_available} of "
                 f"{trie.num_items}: build one of the items to be trained on"
             )
-        self.trie, self.kind = trie, kind
+        filled = _filled_with(trie)
+        if end is None and filled is not None:
+            raise ValueError(
+                f"end must be given: every item of the trie ends with token {filled}, some with "
+                f"several, as title_trie makes them; give end={filled}, so that none but the first "
+                "counts"
+            )
+        if end is not None and bool((trie.labels(trie.levels - 1) != end).any()):
+            raise ValueError(f"end must be the last token of every item of the trie, got {end}")
+        self.trie, self.kind, self.end = trie, kind, end
+
+    def counts(self, tokens: Tensor) -> Tensor | None:
+        """Bool like ``tokens [N, L]``: False behind the token that ends an item; None: all True."""
+        if self.end is None:
+            return None
+        ends = tokens == self.end
+        return ends.cumsum(1) - ends.long() == 0
 
     def __repr__(self) -> str:
         return f"{self.kind}_rollout({self.trie.num_items} items of {self.trie.levels} tokens)"
@@ -194,7 +211,24 @@ class TrieRollout:
         return found.items, found.codes, kept.logps(self.trie, trie, found.codes, temperature)
 
 
-def sample_rollout(trie: Trie) -> TrieRollout:
+def _filled_with(trie: Trie) -> int | None:
+    """The token that some items are filled up with, where every item ends with it; else None."""
+    last = trie.labels(trie.levels - 1)
+    token = int(last[0])
+    if bool((last != token).any()):
+        return None
+    early = False
+    for level in range(trie.levels - 1):
+        ended = trie.labels(level) == token
+        first = trie.first_child(level + 1)
+        begin, count = first[:-1][ended].long(), (first[1:] - first[:-1])[ended]
+        if bool((count != 1).any()) or bool((trie.labels(level + 1)[begin] != token).any()):
+            return None
+        early = early or bool(ended.any())
+    return token if early else None
+
+
+def sample_rollout(trie: Trie, end: int | None = None) -> TrieRollout:
     """Lists drawn without replacement from the model's constrained policy, for ``rollout_func``.
 
     Each list holds ``num_generations`` different items; ``logprobs`` are those of the policy that
@@ -203,19 +237,22 @@ def sample_rollout(trie: Trie) -> TrieRollout:
 
     Args:
         trie: the catalogue; its columns are the model's token ids.
+        end: of a trie of :func:`~genrec_ext.integrations.hf.title_trie`, the token that ends a
+            title.  What fills a title up behind it is no part of the item: it counts neither in
+            the loss nor in its figures.
 
     Raises:
-        ValueError: this is no trie, or some of its items are not available.
+        ValueError: this is no trie, some of its items are not available, or `end` does not fit it.
 
     Source: stochastic beam search (arXiv 1903.06059), by :func:`genrec_ext.sample_items`.
 
     >>> sample_rollout(Trie.from_items([[0, 2], [1, 2], [1, 3]]))
     sample_rollout(3 items of 2 tokens)
     """
-    return TrieRollout(trie, "sample")
+    return TrieRollout(trie, "sample", end)
 
 
-def beam_rollout(trie: Trie) -> TrieRollout:
+def beam_rollout(trie: Trie, end: int | None = None) -> TrieRollout:
     """The most probable items by beam search under the trie, best first, for ``rollout_func``.
 
     These lists are not drawn: for a policy they are always the same, so the mean over a list is no
@@ -225,14 +262,17 @@ def beam_rollout(trie: Trie) -> TrieRollout:
 
     Args:
         trie: the catalogue; its columns are the model's token ids.
+        end: of a trie of :func:`~genrec_ext.integrations.hf.title_trie`, the token that ends a
+            title.  What fills a title up behind it is no part of the item: it counts neither in
+            the loss nor in its figures.
 
     Raises:
-        ValueError: this is no trie, or some of its items are not available.
+        ValueError: this is no trie, some of its items are not available, or `end` does not fit it.
 
     >>> beam_rollout(Trie.from_items([[0, 2], [1, 2], [1, 3]]))
     beam_rollout(3 items of 2 tokens)
     """
-    return TrieRollout(trie, "beam")
+    return TrieRollout(trie, "beam", end)
 
 
 class _Kept:
@@ -602,6 +642,7 @@ class SAGETrainer(GRPOTrainer):
             tokens,
             inputs["old_per_token_logps"][:, : self._trie.levels],
             inputs["advantages"],
+            mask=cast(TrieRollout, self.rollout_func).counts(tokens),
             entropy=inputs["list_entropy"],
             boost=boost,
             ref_logps=reference,

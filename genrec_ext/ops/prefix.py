@@ -7,9 +7,9 @@ one read and one write of the logits.
 What the papers say and what is ours
     APAO (arXiv 2603.02730): both losses and their weights.  Its code exponentiates the pairwise
     scores; log-sum-exp throughout is **ours**, so no temperature underflows.
-    MSL and BEAR (arXiv 2601.22925): the softmax over what can follow, and the weight of tokens
-    by their distance to the last beam.  That the last beam has probability 0 where fewer tokens
-    than beams can follow is **ours**: nothing is pruned there.
+    MSL (arXiv 2504.04178): the softmax over what can follow.  BEAR (arXiv 2601.22925): the weight
+    of tokens by their distance to the last beam.  That the last beam has probability 0 where fewer
+    tokens than beams can follow is **ours**: nothing is pruned there.
 """
 
 from __future__ import annotations
@@ -405,7 +405,7 @@ def masked_softmax_loss(
         ValueError: a shape, dtype or setting is wrong.
         IndexError: a token is out of range.
 
-    Source: MSL, as BEAR's paper (arXiv 2601.22925) and public code have it.
+    Source: MSL, arXiv 2504.04178, as BEAR's public code (arXiv 2601.22925) has it.
     """
     return torch.ops.genrec.masked_softmax_loss(
         logits,
