@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, table
 from study import Results, cell, interval, read, seeds_of, stacked, sweep, write_text
 
@@ -35,7 +36,10 @@ def configure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def more(told: dict[str, Any]) -> dict[str, Any]:
-    return {"covisitation": told["baselines"]["covisitation"]["recall@10"]}
+    return {
+        "covisitation": told["baselines"]["covisitation"]["recall@10"],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def tables(results: Results, data: str) -> list[str]:
@@ -48,13 +52,23 @@ def tables(results: Results, data: str) -> list[str]:
     row = [
         f"{len(found)} x {epochs} epochs",
         f"{sum(line['seconds'] for line in found.values()) / len(found) / 60:.0f} min",
+        "/".join(str(t) for t in sorted({line["threads"] for line in found.values()})),
         cell((mean, low, high)),
         cell(interval(stacked(found, "ndcg"))),
         f"{one['covisitation']:.4f}",
         "-" if published is None else f"{published:.4f}",
         ", ".join(f"{line['valid']:.4f}" for line in found.values()),
     ]
-    head = ["seeds", "time a run", "Recall@10", "NDCG@10", "co-visitation", "TIGER", "validation"]
+    head = [
+        "seeds",
+        "time a run",
+        "threads",
+        "Recall@10",
+        "NDCG@10",
+        "co-visitation",
+        "TIGER",
+        "validation",
+    ]
     return [f"## {data}", "", *table(head, [row]), ""]
 
 
