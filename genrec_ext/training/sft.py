@@ -186,10 +186,12 @@ class Windows:
         stays[:, -1] = True
         return stays
 
-    def positions(self, stays: np.ndarray | None = None) -> np.ndarray:
-        """`[W]`: items of each window's history, by default all that are there."""
+    def positions(
+        self, stays: np.ndarray | None, rows: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
+        """Items of the windows' histories, of those that stay."""
         # The last item of a window is a target only.
-        return self.lengths - 1 if stays is None else stays.sum(1)
+        return self.lengths[rows] - 1 if stays is None else stays[rows].sum(1)
 
     def batches(
         self, size: int, rng: np.random.Generator, stays: np.ndarray | None = None
@@ -202,9 +204,7 @@ class Windows:
 
     def padding(self, rows: np.ndarray, stays: np.ndarray | None = None) -> tuple[int, int]:
         """Positions of a batch of these windows that are padding, and all of its positions."""
-        places = self.positions(None if stays is None else stays[rows])
-        if stays is None:
-            places = places[rows]
+        places = self.positions(stays, rows)
         total = len(rows) * int(places.max())
         return total - int(places.sum()), total
 
