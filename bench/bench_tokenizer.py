@@ -1,10 +1,10 @@
-"""Tokenizer operators on the CPU against the best plain-PyTorch form of each.
+"""Tokenizer operators against the best plain-PyTorch form of each.
 
 Residual quantization against the matrix product (all rows at once, and by blocks that fit the
 cache), balanced assignment against the float64 definition, the straight-through embedding against
 the dense form, collisions by size.
 
-    python bench/bench_tokenizer.py [--quick]
+    python bench/bench_tokenizer.py [--device cuda] [--quick]
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SOFT = (1300, 4, 256, 128)
 
 def by_matrix(x: Tensor, codebooks: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
     """|e|^2 - 2 x.e by a matrix product; `rows` at a time, or all."""
-    codes = torch.empty(len(x), len(codebooks), dtype=torch.int64)
-    errors, residual = torch.empty(len(x), len(codebooks)), x.clone()
+    codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
+    errors, residual = x.new_empty(len(x), len(codebooks)), x.clone()
     for level, book in enumerate(codebooks):
         norms = book.square().sum(1)
         for start in range(0, len(x), rows or max(len(x), 1)):
@@ -50,10 +50,10 @@ def vectors(N: int, D: int, K: int, L: int) -> tuple[Tensor, Tensor]:
     return torch.randn(N, D, generator=g), torch.randn(L, K, D, generator=g) * scales
 
 
-def quantize(raw: dict[str, Any], repeats: int, large: bool) -> list[str]:
+def quantize(raw: dict[str, Any], repeats: int, large: bool, device: str) -> list[str]:
     rows = []
     for N, D, K, L in (*QUANTIZE, *((LARGE,) if large else ())):
-        x, books = vectors(N, D, K, L)
+        x, books = (v.to(device) for v in vectors(N, D, K, L))
         block = max(64, (1 << 19) // K)
         methods = {
             "genrec": lambda x=x, books=books: genrec_ext.residual_quantize(x, books),
@@ -62,17 +62,19 @@ def quantize(raw: dict[str, Any], repeats: int, large: bool) -> list[str]:
         if N * K < 1 << 28:
             methods["matrix"] = lambda x=x, books=books: by_matrix(x, books)
         counts = repeats if N * K * L * D < 1 << 33 else 3 if N < 1_000_000 else 1
-        times = interleaved(methods, counts, warmup=int(LARGE[0] != N))
-        memory = None if LARGE[0] == N else peak_memory(methods["genrec"])
+        if device == "cuda":
+            counts = repeats
+        times = interleaved(methods, counts, warmup=int(LARGE[0] != N), device=device)
+        memory = None if LARGE[0] == N else peak_memory(methods["genrec"], device)
         different = (methods["genrec"]()[0] != by_matrix(x, books, block)[0]).any(1).sum().item()
         raw[f"quantize {N} {D} {K} {L}"] = {"ms": times, "MiB": memory, "different": different}
         ours = times["genrec"]["median"]
         cells = [
-            f"{times[m]['median']:.1f} ({times[m]['median'] / ours:.1f}x)" if m in times else "-"
+            f"{times[m]['median']:.3g} ({times[m]['median'] / ours:.1f}x)" if m in times else "-"
             for m in ("blocked", "matrix")
         ]
         held = "-" if memory is None else f"{max(0, memory):.0f}"
-        rows.append([f"{N:,}", str(D), str(K), str(L), f"{ours:.1f}", *cells, held])
+        rows.append([f"{N:,}", str(D), str(K), str(L), f"{ours:.3g}", *cells, held])
         rows[-1].append(str(different))
     header = ["N", "D", "K", "L", "genrec", "product by blocks", "product"]
     return [
@@ -82,9 +84,9 @@ def quantize(raw: dict[str, Any], repeats: int, large: bool) -> list[str]:
     ]
 
 
-def sinkhorn(raw: dict[str, Any], repeats: int) -> list[str]:
+def sinkhorn(raw: dict[str, Any], repeats: int, device: str) -> list[str]:
     N, K, iterations = SINKHORN
-    cost = torch.rand(N, K, generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(N, K, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
     for epsilon in (0.05, 0.003):
         methods = {
@@ -92,24 +94,25 @@ def sinkhorn(raw: dict[str, Any], repeats: int) -> list[str]:
             "float32": lambda e=epsilon: reference.sinkhorn(cost, e, iterations),
             "float64": lambda e=epsilon: reference.sinkhorn(cost.double(), e, iterations),
         }
-        times = interleaved(methods, {"genrec": repeats, "float32": 3, "float64": 3}, warmup=0)
+        counts = {"genrec": repeats, "float32": 3, "float64": 3}
+        times = interleaved(methods, counts, warmup=int(device == "cuda"), device=device)
         raw[f"sinkhorn {N} {K} {iterations} {epsilon}"] = times
         ours = times["genrec"]["median"]
         others = [
-            f"{times[m]['median']:.0f} ({times[m]['median'] / ours:.1f}x)"
+            f"{times[m]['median']:.3g} ({times[m]['median'] / ours:.1f}x)"
             for m in ("float32", "float64")
         ]
-        rows.append([f"{N:,} x {K}, {iterations}", str(epsilon), f"{ours:.1f}", *others])
+        rows.append([f"{N:,} x {K}, {iterations}", str(epsilon), f"{ours:.3g}", *others])
     header = ["N x K, iterations", "epsilon", "genrec", "logsumexp, float32", "float64"]
     return ["## Balanced assignment", "", *table(header, rows)]
 
 
-def soft(raw: dict[str, Any], repeats: int) -> list[str]:
+def soft(raw: dict[str, Any], repeats: int, device: str) -> list[str]:
     N, L, K, E = SOFT
-    x, books = vectors(N, 32, K, L)
+    x, books = (v.to(device) for v in vectors(N, 32, K, L))
     codes = genrec_ext.residual_quantize(x, books)[0]
     P = genrec_ext.soft_assign(x, books, 1.0).requires_grad_()
-    embeddings = torch.randn(L * K, E, requires_grad=True)
+    embeddings = torch.randn(L * K, E, device=device, requires_grad=True)
     offsets = [K * level for level in range(L)]
 
     def step(function: Any) -> None:
@@ -127,6 +130,7 @@ def soft(raw: dict[str, Any], repeats: int) -> list[str]:
             "dense form": lambda: step(reference.straight_through_embedding),
         },
         repeats,
+        device=device,
     )
     raw[f"soft {N} {L} {K} {E}"] = times
     rows = [[name, f"{time['median']:.2f}"] for name, time in times.items()]
@@ -162,17 +166,24 @@ def collisions(raw: dict[str, Any], repeats: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="without the largest case")
-    arguments = parser.parse_args()
-    repeats, raw = 5 if arguments.quick else 9, {}
+    options = parser.parse_args()
+    quick, device = options.quick, options.device
+    repeats: int = 50 if device == "cuda" else 5 if quick else 9
+    raw: dict[str, Any] = {}
     sections = [
-        *quantize(raw, repeats, not arguments.quick),
-        *sinkhorn(raw, repeats),
-        *soft(raw, repeats),
-        *collisions(raw, repeats),
+        *quantize(raw, repeats, not quick, device),
+        *sinkhorn(raw, repeats, device),
+        *soft(raw, repeats, device),
     ]
-    command = "python bench/bench_tokenizer.py" + (" --quick" if arguments.quick else "")
-    write_report("tokenizer-cpu", "Tokenizer operators on the CPU", command, sections, raw)
+    if device == "cpu":  # where collisions are resolved, whatever the codes' device
+        sections += collisions(raw, repeats)
+    command = "python bench/bench_tokenizer.py"
+    command += (" --device cuda" if device == "cuda" else "") + (" --quick" if quick else "")
+    title = f"Tokenizer operators on {'a GPU' if device == 'cuda' else 'the CPU'}"
+    name = "tokenizer-quick" if quick else f"tokenizer-{device}"
+    write_report(name, title, command, sections, raw)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ build() {
   cp build/gpu/*.so genrec_ext/
 }
 
-tests=(python_tests/test_policy.py python_tests/test_prefix.py python_tests/test_head.py python_tests/test_trie.py python_tests/test_sampling.py python_tests/test_cuda_device.py)
+tests=(python_tests/test_policy.py python_tests/test_prefix.py python_tests/test_head.py python_tests/test_tokenizer_ops.py python_tests/test_trie.py python_tests/test_sampling.py python_tests/test_cuda_device.py)
 suite=("$PYTHON" -m pytest -q -p no:cacheprovider --device "$DEVICE")
 # Small shapes, every kernel, every path; each sanitizer slows them ten to a hundred times.
-small="every_optional_term or special_values or empty or impossible or inplace_gradient_equals or token_outside or every_path"
+small="many_codewords or column_that_nobody or every_optional_term or special_values or empty or impossible or inplace_gradient_equals or token_outside or every_path"
 
 for stage in "${stages[@]}"; do
   case "$stage" in
@@ -87,11 +87,15 @@ for stage in "${stages[@]}"; do
       if [ "$DEVICE" = cpu ]; then
         # git ignores their tables
         step bench_sage "$PYTHON" bench/bench_sage.py --quick
+        step bench_prefix "$PYTHON" bench/bench_prefix.py --quick
+        step bench_tokenizer "$PYTHON" bench/bench_tokenizer.py --quick
         step bench_trie "$PYTHON" bench/bench_trie.py step --quick
       else
         step bench_sage "$PYTHON" bench/bench_sage.py --device cuda
+        step bench_prefix "$PYTHON" bench/bench_prefix.py --device cuda
+        step bench_tokenizer "$PYTHON" bench/bench_tokenizer.py --device cuda
         step bench_trie "$PYTHON" bench/bench_trie.py step --device cuda
-        cp bench/results/{sage,trie}-cuda.* "$OUT"/ 2>/dev/null
+        cp bench/results/{sage,prefix,tokenizer,trie}-cuda.* "$OUT"/ 2>/dev/null
       fi
       ;;
   esac

@@ -40,11 +40,19 @@ REGISTERS = {
     "add_up": 40,
     "advantages": 80,
     "step_users": 120,  # sampling; beam search is held to 64 by its launch bounds
+    "quantize_rows": 128,  # four blocks of 128 threads share a processor
+    "quantize_doubles": 48,
+    "half_norms": 32,
+    "clear_potentials": 16,
+    "sum_columns": 48,
+    "set_potentials": 40,
+    "write_plan": 40,
 }
-# Bytes of shared memory in a kernel's code; a step holds its histogram and its winners.
-STATIC_SHARED = {"step_users": 25 << 10}
+# Bytes of shared memory in a kernel's code; a step holds its histogram and its winners, a
+# quantizer 64 dimensions of 64 rows and 64 codewords.
+STATIC_SHARED = {"step_users": 25 << 10, "quantize_rows": 35 << 10}
 # Fewest kernels that ptxas tells of, by source.
-KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 12, "trie_cuda.cu": 6}
+KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 12, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
 # Kernels that move whole rows: 16 bytes an instruction, in and out.
 WIDE_LOADS = (
     "fused_sequences",
@@ -54,6 +62,7 @@ WIDE_LOADS = (
     "scale_rows",
     "weighted_rows",
     "step_users",
+    "quantize_rows",
 )
 WIDE_STORES = ("fused_sequences", "grad_rows", "scale_rows", "weighted_rows")
 
@@ -62,7 +71,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def kernel_of(symbol):
     """(kernel's name, the type it is made for) of a mangled symbol."""
-    name = next((k for k in REGISTERS if re.search(rf"\d{k}I", symbol)), None)
+    name = next((k for k in REGISTERS if re.search(rf"\d{k}[IE]", symbol)), None)
     types = {"f": "float", "d": "double", "NS_6bf16_tE": "bf16", "NS_5f16_tE": "f16"}
     kind = re.search(rf"\d{name}I(f|d|NS_6bf16_tE|NS_5f16_tE|[A-Z0-9_]+?)E", symbol)
     return name, types.get(kind[1], kind[1]) if kind else ""
@@ -154,6 +163,7 @@ def fake_calls():
     logits, scores = torch.empty(4, 9, device="cuda"), torch.empty(2, 2, device="cuda")
     nodes = torch.empty(2, 2, dtype=torch.long, device="cuda")
     level = [torch.empty(n, dtype=torch.int32, device="cuda") for n in (3, 5)]
+    books = torch.empty(3, 50, 8, device="cuda")
     steps = torch.ops.genrec
     loss, stats = genrec_ext.sage_loss(x, tokens, old, advantages, return_stats=True)
     return {
@@ -162,6 +172,8 @@ def fake_calls():
         "token_logps": genrec_ext.token_logps(x, tokens),
         "decoupled_advantages": (genrec_ext.decoupled_advantages(rewards, weights),),
         "level_logits": (genrec_ext.level_logits(hidden, head, [(0, 5), (5, 9), (9, 20)]),),
+        "residual_quantize": genrec_ext.residual_quantize(logits[:, :8], books),
+        "sinkhorn": (genrec_ext.sinkhorn(logits, 0.1),),
         "trie_beam_step": steps.trie_beam_step(
             logits, scores, nodes, *level, 7, level_begin=0, level_end=9
         ),
@@ -179,6 +191,8 @@ def test_fake_tensors_on_cuda():
     assert shapes["token_logps"] == [(4, 3), (4, 3)]
     assert shapes["decoupled_advantages"] == [(2, 3)]
     assert shapes["level_logits"] == [(4, 3, 11)]
+    assert shapes["residual_quantize"] == [(4, 3), (4, 8), (4, 3)]
+    assert shapes["sinkhorn"] == [(4, 9)]
     assert shapes["trie_beam_step"] == [(2, 7)] * 4
     assert shapes["trie_sample_step"] == [(2, 7)] * 5
     for name, values in outputs.items():

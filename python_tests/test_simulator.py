@@ -195,7 +195,7 @@ def test_an_unknown_order_is_refused(run):
 # ---- this project's kernels ----
 
 # Each with what divides its trials: a trial of the trie is launches of 512 threads a block.
-CHECKS = {"check_policy": 1, "check_prefix": 4, "check_trie": 4}
+CHECKS = {"check_policy": 1, "check_prefix": 4, "check_tokenizer": 2, "check_trie": 4}
 # (build, order, compute capability, trials, seed).  A trial is some ten launches of each dtype;
 # ThreadSanitizer finds a race in any order, and takes ten times as long as the plain build.
 RUNS = (
@@ -289,11 +289,16 @@ def test_operators_over_simulated_kernels(simulator, tmp_path):
         "test_sampling.py::test_step_equals_definition",
         "test_sampling.py::test_special_values_stay_with_their_rows",
         "test_sampling.py::test_arguments_of_any_layout",
+        "test_tokenizer_ops.py::test_quantize_equals_definition",
+        "test_tokenizer_ops.py::test_quantize_many_codewords",
+        "test_tokenizer_ops.py::test_half_types_are_converted",
+        "test_tokenizer_ops.py::test_layouts_and_mixed_dtypes",
+        "test_tokenizer_ops.py::test_a_row_that_is_not_finite_has_code_0",
+        "test_tokenizer_ops.py::test_operators_satisfy_opcheck",
+        "test_tokenizer_ops.py::test_sinkhorn_equals_definition",
+        "test_tokenizer_ops.py::test_errors_name_the_argument",
     )
-    files = (
-        *("test_policy.py", "test_prefix.py", "test_tokenizer_ops.py"),
-        *(*steps, "test_cuda_device.py"),
-    )
+    files = ("test_policy.py", "test_prefix.py", *steps, "test_cuda_device.py")
     library = simulator / "libgenrec_cpu.so"
     assert suite(tmp_path, library, files, {"GENREC_SIMULATED": "1"}) > 290
 

@@ -12,7 +12,7 @@
 #include "common/scores.h"
 #include "common/torch_stable.h"
 #if defined(GENREC_CUDA_LIBRARY)
-#include "common/cuda_runtime.h"
+#include "common/launch_torch.h"
 #else
 #include "common/blank.h"
 #include "common/isa.h"
@@ -40,10 +40,7 @@ template <class Args>
 inline void run(int (*launch)(const Args&, void*), const Args& args, int64_t N, int64_t,
                 const Tensor& where) {
   if (N == 0) return;
-#if !defined(GENREC_SIMULATOR)  // whose device is the CPU
-  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-#endif
-  check_launch(launch(args, current_stream(where.get_device_index())));
+  launch_on_device_of(where, [&](void* stream) { return launch(args, stream); });
 }
 
 template <class Args>

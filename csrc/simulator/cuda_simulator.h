@@ -395,6 +395,12 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+// Rounded before it is added to anything, also where the compiler may contract.
+inline double __dmul_rn(double a, double b) {
+  volatile double product = a * b;
+  return product;
+}
 inline unsigned __float_as_uint(float x) { return genrec::simulator::bits_as<unsigned>(x); }
 inline int __float_as_int(float x) { return genrec::simulator::bits_as<int>(x); }
 inline float __uint_as_float(unsigned x) { return genrec::simulator::bits_as<float>(x); }

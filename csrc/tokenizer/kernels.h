@@ -7,15 +7,14 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/portable.h"
 
 namespace genrec::tokenizer {
 
-// Codewords that are compared with a row at once; codebooks are padded to it.
+// Codewords that the CPU's kernels compare with a row at once; codebooks are padded to it.
 inline constexpr int64_t kCodewordBlock = 6;
 
-inline int64_t padded(int64_t K) {
-  return (K + kCodewordBlock - 1) / kCodewordBlock * kCodewordBlock;
-}
+GENREC_HD int64_t padded(int64_t K, int64_t block) { return (K + block - 1) / block * block; }
 
 // Residuals and distances are double, whatever S is: the codes are those of the
 // definition in float64.
@@ -29,11 +28,11 @@ struct QuantizeArgs {
   void* squared_error = nullptr;    // S [N, L]
   void* residuals = nullptr;        // S [N, L, D], what each level quantizes; or null
 
-  // f32 alone, filled by `prepare`.  A codeword that is not finite, or only padding,
-  // is 0 with an infinite norm.
-  float* negated = nullptr;     // [L, padded(K), D]: -e
+  // f32 alone, filled from the codebooks before anything else.  A codeword that is not
+  // finite, or only padding, has an infinite norm.
   float* half_norms = nullptr;  // [L, padded(K)]: |e|^2 / 2
-  double* largest = nullptr;    // [L]: the largest |e|
+  float* negated = nullptr;     // CPU: [L, padded(K), D]: -e, or 0 where the norm is infinite
+  double* largest = nullptr;    // CPU: [L]: the largest |e|
 };
 
 struct SinkhornArgs {
@@ -41,13 +40,15 @@ struct SinkhornArgs {
   const float* cost = nullptr;  // [N, K]
   double epsilon = 1;
   float* potentials = nullptr;  // [K], in units of the cost
-  float* drift = nullptr;       // [K]: log2 of how far they are from those that `plan` holds
-  bool renew = true;            // whether `plan` is to be made anew
   int64_t block_rows = 1;       // rows whose column sums are taken together
   int64_t blocks = 0;
   float* tops = nullptr;  // [blocks, K]: largest log2 of the plan in a block's column
   float* sums = nullptr;  // [blocks, K]: sum of the plan there, over 2^top
-  float* plan = nullptr;  // [N, K]; until the end its exponentials, rows not normalised
+  float* plan = nullptr;  // [N, K]
+
+  // CPU: `plan` holds, until the end, its exponentials, rows not normalised.
+  float* drift = nullptr;  // [K]: log2 of how far potentials are from those that `plan` holds
+  bool renew = true;       // whether `plan` is to be made anew
 };
 
 // What became of the potentials: they moved a little, or too far for the exponentials
@@ -64,6 +65,13 @@ struct CpuKernels {
   void (*sinkhorn_exact_blocks)(const SinkhornArgs&, int64_t first, int64_t last);
   Columns (*sinkhorn_columns)(const SinkhornArgs&, bool exact);
   void (*sinkhorn_plan)(const SinkhornArgs&, int64_t first, int64_t last);  // rows
+};
+
+// The CUDA library's: launches on the stream and returns a cudaError_t.
+struct CudaKernels {
+  int64_t codewords;  // what K is padded to in half_norms
+  int (*quantize)(const QuantizeArgs&, void* stream);
+  int (*sinkhorn)(const SinkhornArgs&, int64_t iterations, void* stream);
 };
 
 }  // namespace genrec::tokenizer

@@ -1,10 +1,8 @@
 // CPU kernels of the tokenizer family.  Compiled once an instruction set, each time
 // into its own namespace; torch-free.
 //
-// Nearest codewords are sought by |e|^2 / 2 - r.e in f32, a tile of rows against a
-// few codewords at a time.  That form cancels, so each row's best counts only where the
-// runner-up lies further behind than twice the form's rounding bound; else every
-// codeword within the bound is compared in direct form, in double.
+// Nearest codewords are sought in f32, a tile of rows against a few codewords at a
+// time; nearest.h says how the codes are those of float64 nevertheless.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +10,7 @@
 
 #include "common/vec.h"
 #include "tokenizer/kernels.h"
+#include "tokenizer/nearest.h"
 
 namespace genrec::GENREC_ISA {
 namespace {
@@ -209,25 +208,9 @@ void rank(const float* r, const float* negated, const float* half_norms, int64_t
   }
 }
 
-// How far the f32 score of any codeword can lie from the one that orders distances in
-// double, at most.  With u = 2^-24, n = |r| and m the largest |e|:
-//   f32: the half norm is rounded once, r once, and a sum of D products and the half
-//     norm has an error of at most (D + 1) u (m^2 / 2 + n m) (1 + O(D u)) in any order,
-//     with or without FMA: D + 3 in all;
-//   double: a distance of at most (n + m)^2 has D + 2 roundings of 2^-53;
-//   and D products may each lose 2^-149 below the smallest normal number.
-// An eighth more covers the O(D u) as long as D <= 2^20, and the rounding of what is
-// compared.
-GENREC_INLINE double score_bound(double norm, double largest, int64_t D) {
-  const double terms = 1.125 * static_cast<double>(D + 4);
-  const double all = norm + largest;
-  return terms *
-         (0x1p-24 * largest * (0.5 * largest + norm) + 0x1p-53 * all * all + 0x1p-148 * (1 + all));
-}
-
 // Codes of a tile's first `rows` rows.
 void nearest_codes(const QuantizeArgs& a, int64_t level, int64_t rows, Tile& tile, int64_t* codes) {
-  const int64_t D = a.D, K = a.K, Kp = padded(a.K);
+  const int64_t D = a.D, K = a.K, Kp = padded(a.K, kCodewordBlock);
   const float* codebook = static_cast<const float*>(a.codebooks) + level * K * D;
   const float* negated = a.negated + level * Kp * D;
   const float* half_norms = a.half_norms + level * Kp;
@@ -241,8 +224,7 @@ void nearest_codes(const QuantizeArgs& a, int64_t level, int64_t rows, Tile& til
     codes[i] = ranking.index[i];
     if (i >= rows) continue;
     const double bound = score_bound(std::sqrt(tile.norms[i]), a.largest[level], D);
-    // Beyond this, something in f32 may have overflowed.
-    if (!(bound < 0x1p80) || !(ranking.best[i] < INFINITY) || D > (1 << 20)) [[unlikely]] {
+    if (!(bound < kMostBound) || !(ranking.best[i] < INFINITY) || D > kMostDims) [[unlikely]] {
       for (int64_t d = 0; d < D; ++d) tile.row[d] = tile.residual[d * kRows + i];
       codes[i] = nearest_of_all(tile.row, codebook, K, D);
       continue;
@@ -354,7 +336,7 @@ void quantize_any(const QuantizeArgs& a, int64_t first, int64_t last) {
 }
 
 void prepare(const QuantizeArgs& a) {
-  const int64_t D = a.D, Kp = padded(a.K);
+  const int64_t D = a.D, Kp = padded(a.K, kCodewordBlock);
   const float* codebooks = static_cast<const float*>(a.codebooks);
   for (int64_t l = 0; l < a.L; ++l) {
     double largest = 0;

@@ -11,7 +11,7 @@
 
 #include "common/torch_stable.h"
 #if defined(GENREC_CUDA_LIBRARY)
-#include "common/cuda_runtime.h"
+#include "common/launch_torch.h"
 #else
 #include "common/isa.h"
 #endif
@@ -37,14 +37,11 @@ namespace {
 
 void run(StepArgs& a, const Tensor& where) {
   if (a.U == 0) return;
-#if !defined(GENREC_SIMULATOR)  // whose device is the CPU
-  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-#endif
   // As floats, in the scores' memory.
   const int64_t floats = (trie_cuda_kernels.workspace(a) + 3) / 4;
   Tensor workspace = new_tensor(where, ScalarType::Float, {floats});
   a.workspace = workspace.mutable_data_ptr();
-  check_launch(trie_cuda_kernels.step(a, current_stream(where.get_device_index())));
+  launch_on_device_of(where, [&](void* stream) { return trie_cuda_kernels.step(a, stream); });
 }
 
 #else

@@ -1,9 +1,10 @@
 """The tokenizer family: vectors to codes, codes to embeddings with gradients, and catalogues of
 codes without collisions.
 
-Completes the schemas of ``csrc/schema.cpp``: documented functions, Meta, autograd.  The CPU kernels
-are in ``csrc/tokenizer``; on other devices ``residual_quantize`` and ``sinkhorn`` are their
-definitions in plain PyTorch, and ``resolve_collisions`` works on the host.
+Completes the schemas of ``csrc/schema.cpp``: documented functions, Meta, autograd.  The kernels are
+in ``csrc/tokenizer``, for the CPU and CUDA; ``soft_assign``, ``straight_through_embedding`` and
+``gradient_surgery`` are compositions of PyTorch's own operators, and ``resolve_collisions`` works
+on the host.
 
 What the papers say and what is ours
     Residual quantization: Juang and Gray (1982), as in RQ-VAE and TIGER (arXiv 2305.05065).  That
@@ -90,13 +91,6 @@ def residual_quantize(
     x, codebooks = _codebooks(x.detach(), codebooks.detach())
     results = torch.ops.genrec.residual_quantize(x, codebooks, return_residuals)
     return results if return_residuals else results[:3]
-
-
-def _residual_quantize_elsewhere(
-    x: Tensor, codebooks: Tensor, return_residuals: bool = False
-) -> tuple[Tensor, ...]:
-    *results, residuals = reference.residual_quantize(x, codebooks)
-    return (*results, residuals if return_residuals else x.new_empty(0))
 
 
 def soft_assign(
@@ -292,14 +286,6 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int = 50) -> Tensor:
     """
     cost = _floats("cost", cost.detach(), "[N, K]").float()
     return torch.ops.genrec.sinkhorn(cost, epsilon, iterations)
-
-
-def _sinkhorn_elsewhere(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
-    if not epsilon > 0 or iterations < 0:
-        raise ValueError(
-            f"epsilon must be positive and iterations at least 0, got {epsilon} and {iterations}"
-        )
-    return reference.sinkhorn(cost, epsilon, iterations)
 
 
 # ---- gradients that disagree ----
@@ -652,9 +638,6 @@ def _assign_last_codes_fake(
     return last.new_empty(last.shape)
 
 
-_library = torch.library.Library("genrec", "IMPL")
-_library.impl("residual_quantize", _residual_quantize_elsewhere, "CUDA")
-_library.impl("sinkhorn", _sinkhorn_elsewhere, "CUDA")
 torch.library.register_fake("genrec::residual_quantize", _residual_quantize_fake)
 torch.library.register_fake("genrec::sinkhorn", _sinkhorn_fake)
 torch.library.register_fake("genrec::assign_last_codes", _assign_last_codes_fake)
