@@ -124,6 +124,29 @@ def test_capture_in_a_graph(path, cuda):
     assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
 
 
+def test_tokenizers_wait_for_nothing_and_are_captured(cuda):
+    x, books = torch.randn(300, 70, device=cuda), torch.randn(3, 200, 70, device=cuda)
+
+    def step():
+        return *genrec_ext.residual_quantize(x, books), genrec_ext.sinkhorn(x, 0.5, 10)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(have.equal(want) for have, want in zip(static, step(), strict=True))
+    there, here = genrec_ext.residual_quantize(x, books), (x.cpu(), books.cpu())
+    for have, want in zip(there, genrec_ext.residual_quantize(*here), strict=True):
+        assert have.cpu().equal(want), "other bits than the CPU's"
+
+
 def test_another_stream_sees_its_own_work(cuda):
     arguments = batch((64, 4, 8192), cuda)
     want = genrec_ext.sage_loss(*arguments)

@@ -214,7 +214,8 @@ def test_cuda_library_builds_links_and_loads_without_a_gpu(installed, checkout, 
         "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
         "names = ['token_logps_forward', 'token_logps_backward', 'sage_loss_forward',"
         "'sage_loss_forward_', 'sage_loss_backward', 'sage_loss_from_logps_forward',"
-        "'decoupled_advantages'];"
+        "'decoupled_advantages', 'prefix_loss_forward', 'residual_quantize', 'sinkhorn',"
+        "'trie_beam_step', 'trie_sample_step'];"
         "print(all(has('genrec::' + name, key) for name in names for key in ('CPU', 'CUDA')))"
     )
     assert run(python, "-c", code, cwd=tmp_path).strip() == "True"
