@@ -1,5 +1,5 @@
 """Small data sets on disk, for the tests of readers and of whatever reads through them, and the
-environment of processes that tests start.
+environment of processes that tests start, and tests beside other versions of a package.
 
 The only place where tests write data files.
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pytest
 
 import genrec_ext
 
@@ -72,3 +76,24 @@ def child_environment(**more: str) -> dict[str, str]:
     """
     found = str(Path(genrec_ext.__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": found, **more}
+
+
+def passes_beside(place: Path, wanted: Sequence[str], files: Sequence[str], **more: str) -> None:
+    """Fetch these requirements alone into an empty folder, and run files of tests beside them.
+
+    Skips the test that calls it where they cannot be fetched.
+    """
+    fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
+    if subprocess.run([*fetch, *wanted], capture_output=True).returncode:
+        pytest.skip(f"{wanted[0]} cannot be fetched here")
+    environment = child_environment(**more)
+    environment["PYTHONPATH"] = os.pathsep.join([str(place), environment["PYTHONPATH"]])
+    here = Path(__file__).parent
+    package, version = wanted[0].split("==")
+    check = f"import {package}; assert {package}.__version__ == {version!r}"
+    tests = ["-q", "-p", "no:cacheprovider", *(str(here / name) for name in files)]
+    for command in (["-c", check], ["-m", "pytest", *tests]):
+        ran = subprocess.run(
+            [sys.executable, *command], env=environment, cwd=place, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
