@@ -45,12 +45,12 @@ REGISTERS = {
     "half_norms": 32,
     "clear_potentials": 16,
     "sum_columns": 48,
-    "set_potentials": 40,
+    "set_potentials": 64,  # of 1,024 threads
     "write_plan": 40,
 }
 # Bytes of shared memory in a kernel's code; a step holds its histogram and its winners, a
 # quantizer 64 dimensions of 64 rows and 64 codewords.
-STATIC_SHARED = {"step_users": 25 << 10, "quantize_rows": 35 << 10}
+STATIC_SHARED = {"step_users": 25 << 10, "quantize_rows": 35 << 10, "set_potentials": 12 << 10}
 # Fewest kernels that ptxas tells of, by source.
 KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 12, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
 # Kernels that move whole rows: 16 bytes an instruction, in and out.

@@ -142,9 +142,17 @@ def test_tokenizers_wait_for_nothing_and_are_captured(cuda):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert all(have.equal(want) for have, want in zip(static, step(), strict=True))
-    there, here = genrec_ext.residual_quantize(x, books), (x.cpu(), books.cpu())
-    for have, want in zip(there, genrec_ext.residual_quantize(*here), strict=True):
-        assert have.cpu().equal(want), "other bits than the CPU's"
+
+
+@pytest.mark.parametrize("N, D, K", ((300, 70, 200), (20_000, 64, 130), (20_000, 128, 300)))
+@pytest.mark.parametrize("mean", (0, 30))
+def test_codes_have_the_cpu_s_bits(N, D, K, mean, cuda):
+    """Small and large tiles of rows; far from the origin many are close calls."""
+    x, books = torch.randn(N, D) + mean, torch.randn(3, K, D) / 2
+    books[0] += mean
+    there = genrec_ext.residual_quantize(x.to(cuda), books.to(cuda), return_residuals=True)
+    here = genrec_ext.residual_quantize(x, books, return_residuals=True)
+    assert all(have.cpu().equal(want) for have, want in zip(there, here, strict=True))
 
 
 def test_another_stream_sees_its_own_work(cuda):

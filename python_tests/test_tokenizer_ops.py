@@ -128,6 +128,18 @@ def test_quantize_many_codewords(ours, case):
         assert case is repeated or wrong.float().mean() > 0.05
 
 
+def test_quantize_codewords_whose_squares_vanish(ours):
+    """Their half norms are 0 in float32, and their products with the row are not."""
+    x, books = (
+        torch.full((1, 64), 2.0**-59),
+        torch.full((1, 2, 64), float.fromhex("0x1.99999ap-88")),
+    )
+    books[0, 1] *= -1
+    x[0, 0] = 2.0**-47
+    books[0, :, 0] = torch.tensor([float.fromhex(h) for h in ("0x1.6a00ap-75", "0x1.6a0114p-75")])
+    assert assert_is_definition(ours, x, books)[0].tolist() == [[0]]
+
+
 def test_cases_catch_an_order_of_their_own(ours):
     """Of equal codewords the lowest: one that takes the last would be seen."""
     x, books = repeated(*vectors(1, 50, 8, 30, 2))
@@ -355,6 +367,9 @@ def test_sinkhorn_of_a_column_that_nobody_wants(ours):
         want = reference.sinkhorn(cost.double(), 1e-3, iterations)
         assert torch.allclose(plan.double(), want, atol=1e-4)
     assert plan[:, 3].sum() > 4  # on its way to 8
+    # Further away than any exponent that is used, in every row.
+    cost[:, 3] = 1e28
+    assert ours.sinkhorn(cost, 1e-3, 3).isfinite().all()
     assert ours.sinkhorn(torch.zeros(0, 4), 0.1).shape == (0, 4)
 
 
@@ -557,7 +572,7 @@ P, TABLE = torch.zeros(4, 2, 5), torch.zeros(10, 3)
         ("level_offsets must have one row a level, 2", "embedding", (CODES, P, TABLE, [0])),
         ("level_offsets must begin 5 rows each", "embedding", (CODES, P, TABLE, [0, 6])),
         ("codes must be integers, got torch.float32", "embedding", (P[..., 0], P, TABLE, [0, 5])),
-        ("epsilon must be positive, got 0", "sinkhorn", (X, 0.0)),
+        ("epsilon must be positive, at least 1e-37, got 0", "sinkhorn", (X, 0.0)),
         ("iterations must be at least 0, got -1", "sinkhorn", (X, 1.0, -1)),
         (r"cost must have shape \[N, K\], K >= 1", "sinkhorn", (X[:, :0], 1.0)),
         ('mode must be one of "projection"', "surgery", ([X], [X], [X], 1.0, "both")),

@@ -31,9 +31,12 @@ namespace {
 
 void run(QuantizeArgs& a, const Tensor& like) {
   if (a.N == 0) return;
-  const int64_t Kp = padded(a.K, tokenizer_cuda_kernels.codewords);
-  const Tensor half_norms = new_tensor(like, ScalarType::Float, {a.L, Kp});
-  a.half_norms = half_norms.mutable_data_ptr<float>();
+  std::optional<Tensor> half_norms;
+  if (a.dtype == DType::f32) {
+    const int64_t Kp = padded(a.K, tokenizer_cuda_kernels.codewords);
+    half_norms = new_tensor(like, ScalarType::Float, {a.L, Kp});
+    a.half_norms = half_norms->mutable_data_ptr<float>();
+  }
   launch_on_device_of(like,
                       [&](void* stream) { return tokenizer_cuda_kernels.quantize(a, stream); });
 }
@@ -109,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tensor& x,
   require(codebooks.dim() == 3 && codebooks.size(1) >= 1,
           "codebooks must have shape [L, K, D], K >= 1, got ", shape_text(codebooks));
   const int64_t N = x.size(0), D = x.size(1), L = codebooks.size(0), K = codebooks.size(1);
-  require(K <= INT32_MAX - 64, "codebooks must have fewer than 2^31 codewords, got ",
+  require(K <= (1 << 30), "codebooks must have at most 2^30 codewords, got ",
           shape_text(codebooks));
   require_tensor(codebooks, "codebooks", S, {L, K, D}, x);
   const Tensor rows = torch::stable::contiguous(x), books = torch::stable::contiguous(codebooks);
@@ -136,7 +139,9 @@ Tensor sinkhorn(const Tensor& cost, double epsilon, int64_t iterations) {
           torch::headeronly::toString(cost.scalar_type()));
   require(cost.dim() == 2 && cost.size(1) >= 1, "cost must have shape [N, K], K >= 1, got ",
           shape_text(cost));
-  require(epsilon > 0 && std::isfinite(epsilon), "epsilon must be positive, got ", epsilon);
+  // Its inverse is a float in the kernels.
+  require(epsilon >= 1e-37 && std::isfinite(epsilon),
+          "epsilon must be positive, at least 1e-37, got ", epsilon);
   require(iterations >= 0, "iterations must be at least 0, got ", iterations);
   const int64_t N = cost.size(0), K = cost.size(1);
   const Tensor held = torch::stable::contiguous(cost);

@@ -3,6 +3,7 @@
 //
 // Nearest codewords are sought in f32, a tile of rows against a few codewords at a
 // time; nearest.h says how the codes are those of float64 nevertheless.
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -469,7 +470,7 @@ void sinkhorn_blocks(const SinkhornArgs& a, int64_t first, int64_t last) {
   const float scale = static_cast<float>(kLog2e / a.epsilon);
   SinkhornRoom room(a);
   for (int64_t block = first; block < last; ++block) {
-    for (int64_t k = 0; k < room.width; ++k) room.tops[k] = kExact ? -1e30f : 0, room.sums[k] = 0;
+    for (int64_t k = 0; k < room.width; ++k) room.tops[k] = kExact ? -FLT_MAX : 0, room.sums[k] = 0;
     const int64_t end = (block + 1) * a.block_rows < a.N ? (block + 1) * a.block_rows : a.N;
     for (int64_t n = block * a.block_rows; n < end; ++n) {
       if constexpr (kExact) {

@@ -5,13 +5,15 @@
 // against 64 codewords at a time in f32, as a matrix product would, but keeps only each
 // row's best and second best; nearest.h says how the codes are those of float64
 // nevertheless.  What the levels have left of a row is not stored: it is taken from
-// the row and the codewords chosen so far, in double.
+// the row and the codewords chosen so far, in double; of long rows a rounded copy is.
 //
 // Balanced assignment: two launches an iteration, rows' normalisers with columns' sums
 // by block of rows, then the columns' potentials; on logarithms throughout.
 //
 // Every sum is folded in a fixed order, no index but the kernels' own is used, and
 // nothing waits for the device, so every call can be captured in a graph.
+#include <cfloat>
+
 #include "common/row_cuda.cuh"
 #include "tokenizer/kernels.h"
 #include "tokenizer/nearest.h"
@@ -36,29 +38,29 @@ __device__ __forceinline__ double left_over(const QuantizeArgs& a, int64_t n, in
   return r;
 }
 
-// |r - e|^2, summed in the order of the dimensions, each product rounded.
-template <class S>
-__device__ __forceinline__ double direct_distance(const QuantizeArgs& a, int64_t n, int64_t k,
-                                                  int64_t level) {
-  const S* e = static_cast<const S*>(a.codebooks) + (level * a.K + k) * a.D;
+// |r - e|^2, summed in the order of the dimensions, each product rounded.  left(d) is
+// what is left of the row.
+template <class S, class Left>
+__device__ __forceinline__ double direct_distance(const S* e, int64_t D, const Left& left) {
   double sum = 0;
-  for (int64_t d = 0; d < a.D; ++d) {
-    const double difference = left_over<S>(a, n, d, level) - static_cast<double>(e[d]);
+  for (int64_t d = 0; d < D; ++d) {
+    const double difference = left(d) - static_cast<double>(e[d]);
     sum = __dadd_rn(sum, __dmul_rn(difference, difference));
   }
   return sum;
 }
 
-// The first of the nearest among the codewords that may(k), found by a warp; 0 where
-// no distance is finite.
-template <class S, class May>
-__device__ __forceinline__ int64_t nearest_direct(const QuantizeArgs& a, int64_t n, int64_t level,
-                                                  const May& may) {
+// The first of a codebook's nearest to a row among the codewords that may(k), found by a
+// warp; 0 where no distance is finite.
+template <class S, class Left, class May>
+__device__ __forceinline__ int64_t nearest_direct(const QuantizeArgs& a, int64_t level,
+                                                  const Left& left, const May& may) {
+  const S* codebook = static_cast<const S*>(a.codebooks) + level * a.K * a.D;
   double least = INFINITY;
   long long nearest = 0;
   for (int64_t k = threadIdx.x % kWarp; k < a.K; k += kWarp) {
     if (!may(k)) continue;
-    const double distance = direct_distance<S>(a, n, k, level);
+    const double distance = direct_distance(codebook + k * a.D, a.D, left);
     if (distance < least) least = distance, nearest = k;
   }
 #pragma unroll
@@ -173,7 +175,10 @@ __global__ __launch_bounds__(kQuantizeThreads, 4) void quantize_rows(QuantizeArg
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows, D = a.D, K = a.K;
-  const bool resident = D <= kDims;  // a row stays in shared memory for a whole level
+  // A row stays in shared memory for a whole level, or lies where, after the last, the sum
+  // of its codewords will be.
+  const bool resident = D <= kDims;
+  float* kept = static_cast<float*>(a.quantized);
   const bool aligned = D % 4 == 0 && before_boundary(static_cast<const float*>(a.codebooks)) == 0;
 
   // Shared memory of codewords, for squares of what is left of the rows.
@@ -195,7 +200,10 @@ __global__ __launch_bounds__(kQuantizeThreads, 4) void quantize_rows(QuantizeArg
         const bool there = first + row < a.N && d < D;
         const double r = there ? settle<float>(a, first + row, d, level) : 0;
         squares[row * kSquarePitch + lane] = __dmul_rn(r, r);
-        if (resident) keep_at(row, d, static_cast<float>(r));
+        if (resident)
+          keep_at(row, d, static_cast<float>(r));
+        else if (there && level < a.L)
+          kept[(first + row) * D + d] = static_cast<float>(r);
       }
       __syncthreads();
       if (threadIdx.x < kRows)
@@ -232,9 +240,7 @@ __global__ __launch_bounds__(kQuantizeThreads, 4) void quantize_rows(QuantizeArg
           for (int row = warp; row < kRows; row += kQuantizeWarps)
             for (int64_t d = lane; d < 4 * packs; d += kWarp) {
               const bool there = first + row < a.N && d0 + d < D;
-              keep_at(row, d,
-                      there ? static_cast<float>(left_over<float>(a, first + row, d0 + d, level))
-                            : 0.f);
+              keep_at(row, d, there ? kept[(first + row) * D + d0 + d] : 0.f);
             }
         __syncthreads();
         for (int p = 0; p < packs; ++p) {
@@ -262,7 +268,8 @@ __global__ __launch_bounds__(kQuantizeThreads, 4) void quantize_rows(QuantizeArg
     }
     __syncthreads();  // norms are there, also where there are no dimensions
 
-    const double longest = sqrt(2 * static_cast<double>(max_group(largest)));
+    // A half norm below f32's normal numbers may have lost up to 2^-150.
+    const double longest = sqrt(2 * static_cast<double>(max_group(largest)) + 0x1p-149);
 #pragma unroll
     for (int i = 0; i < kRowsAThread; ++i) {
       const Ranked r = merge_group(ranked[i]);
@@ -283,17 +290,31 @@ __global__ __launch_bounds__(kQuantizeThreads, 4) void quantize_rows(QuantizeArg
     }
     __syncthreads();
 
+    // Close calls, a warp a row.  What is left of it lies in the warp's part of the
+    // codewords' memory, where it fits.
+    constexpr int kHeld =
+        static_cast<int>(sizeof(Four) / sizeof(double)) * kCodewords * kPitch / kQuantizeWarps;
+    double* held = squares + warp * kHeld;
     for (int row = warp; row < kRows; row += kQuantizeWarps) {
       const float limit = limits[row];
       if (limit == -INFINITY) continue;
       const int64_t n = first + row;
-      const int64_t code = nearest_direct<float>(a, n, level, [&](int64_t k) {
+      __syncwarp();  // the row before has been read
+      for (int64_t d = lane; d < D && D <= kHeld; d += kWarp)
+        held[d] = left_over<float>(a, n, d, level);
+      __syncwarp();
+      const auto left = [&](int64_t d) {
+        return D <= kHeld ? held[d] : left_over<float>(a, n, d, level);
+      };
+      const int64_t code = nearest_direct<float>(a, level, left, [&](int64_t k) {
         if (limit == INFINITY) return true;
         float product = 0;
-        for (int64_t d = 0; d < D; ++d)
-          product += codebook[k * D + d] *
-                     (resident ? rows[row * kPitch + d / 4].v[d % 4]
-                               : static_cast<float>(left_over<float>(a, n, d, level)));
+        for (int64_t d = 0; d < D; d += 4) {
+          const Four e = load_four(codebook + k * D, d, D, aligned);
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            if (d + c < D) product += e.v[c] * static_cast<float>(left(d + c));
+        }
         return halves[k] - product <= limit;
       });
       if (lane == 0) a.codes[n * a.L + level] = code;
@@ -318,7 +339,9 @@ __global__ __launch_bounds__(kQuantizeThreads) void quantize_doubles(QuantizeArg
     }
     if (level > 0 && lane == 0) static_cast<double*>(a.squared_error)[n * a.L + level - 1] = norm;
     if (level == a.L) return;
-    const int64_t code = nearest_direct<double>(a, n, level, [](int64_t) { return true; });
+    const int64_t code = nearest_direct<double>(
+        a, level, [&](int64_t d) { return left_over<double>(a, n, d, level); },
+        [](int64_t) { return true; });
     __syncwarp();  // every lane has read the codes before
     if (lane == 0) a.codes[n * a.L + level] = code;
     __syncwarp();
@@ -351,8 +374,8 @@ int quantize(const QuantizeArgs& a, void* stream) {
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = 32;  // rows whose normalisers are held at once
 
-// Where a column of a block of rows begins: below every exponent that counts.
-constexpr float kNoTop = -1e30f;
+// Where a column of a block of rows begins: below every exponent.
+constexpr float kNoTop = -FLT_MAX;
 
 __device__ __forceinline__ float sinkhorn_scale(const SinkhornArgs& a) {
   return static_cast<float>(kLog2e / a.epsilon);
@@ -420,26 +443,28 @@ __global__ __launch_bounds__(kThreads) void sum_columns(SinkhornArgs a) {
   }
 }
 
-// The next potentials: a block has 32 columns, each warp every eighth block of rows.
-__global__ __launch_bounds__(kThreads) void set_potentials(SinkhornArgs a) {
-  GENREC_SHARED(float, part_tops, kThreads);
-  GENREC_SHARED(double, part_sums, kThreads);
+constexpr int kColumnThreads = 1024, kColumnWarps = kColumnThreads / kWarp;
+
+// The next potentials: a block has 32 columns, each warp every 32nd block of rows.
+__global__ __launch_bounds__(kColumnThreads) void set_potentials(SinkhornArgs a) {
+  GENREC_SHARED(float, part_tops, kColumnThreads);
+  GENREC_SHARED(double, part_sums, kColumnThreads);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   float top = -INFINITY;
   double sum = 0;
   if (k < a.K) {
-    for (int64_t b = warp; b < a.blocks; b += kWarps) top = fmaxf(top, a.tops[b * a.K + k]);
-    for (int64_t b = warp; b < a.blocks; b += kWarps)
+    for (int64_t b = warp; b < a.blocks; b += kColumnWarps) top = fmaxf(top, a.tops[b * a.K + k]);
+    for (int64_t b = warp; b < a.blocks; b += kColumnWarps)
       sum += static_cast<double>(a.sums[b * a.K + k] * power_of_two(a.tops[b * a.K + k] - top));
   }
   part_tops[threadIdx.x] = top;
   part_sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || k >= a.K) return;
-  for (int i = 1; i < kWarps; ++i) top = fmaxf(top, part_tops[i * kWarp + lane]);
+  for (int i = 1; i < kColumnWarps; ++i) top = fmaxf(top, part_tops[i * kWarp + lane]);
   sum = 0;
-  for (int i = 0; i < kWarps; ++i)
+  for (int i = 0; i < kColumnWarps; ++i)
     sum += part_sums[i * kWarp + lane] *
            static_cast<double>(power_of_two(part_tops[i * kWarp + lane] - top));
   const double share = log2(static_cast<double>(a.N) / static_cast<double>(a.K));
@@ -459,8 +484,8 @@ __global__ __launch_bounds__(kThreads) void write_plan(SinkhornArgs a) {
 }
 
 int sinkhorn(const SinkhornArgs& a, int64_t iterations, void* stream) {
-  const auto with = [&](int64_t blocks) {
-    Launch how{blocks, kThreads};
+  const auto with = [&](int64_t blocks, int threads = kThreads) {
+    Launch how{blocks, threads};
     how.stream = stream;
     return how;
   };
@@ -468,7 +493,7 @@ int sinkhorn(const SinkhornArgs& a, int64_t iterations, void* stream) {
   for (int64_t i = 0; i < iterations && code == static_cast<int>(cudaSuccess); ++i) {
     code = launch(sum_columns, with(a.blocks), a);
     if (code == static_cast<int>(cudaSuccess))
-      code = launch(set_potentials, with((a.K + kWarp - 1) / kWarp), a);
+      code = launch(set_potentials, with((a.K + kWarp - 1) / kWarp, kColumnThreads), a);
   }
   if (code != static_cast<int>(cudaSuccess)) return code;
   return launch(write_plan, with((a.N + kWarps - 1) / kWarps), a);

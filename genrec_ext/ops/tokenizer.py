@@ -262,12 +262,12 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int = 50) -> Tensor:
         g_k = epsilon (log(N / K) - log sum_i exp((f_i - cost_ik) / epsilon))
         plan_ik = exp((f_i + g_k - cost_ik) / epsilon)
 
-    from g = 0, rows then columns in each iteration, and rows once more: they sum to 1 exactly, the
-    columns to N / K in the limit.
+    from g = 0, rows then columns in each iteration, and rows once more: they sum to 1 to rounding,
+    the columns to N / K in the limit.
 
     Args:
         cost: ``[N, K]``, floating; converted to float32.  Not differentiated.
-        epsilon: positive, in units of the cost; small ones give hard plans and need more
+        epsilon: at least 1e-37, in units of the cost; small ones give hard plans and need more
             iterations.  Nothing overflows, but cost / epsilon has float32's digits: scale costs to
             about 1.
         iterations: at least 0.
