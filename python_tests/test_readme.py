@@ -1,5 +1,6 @@
 """The README's examples run as they stand there."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -44,3 +45,23 @@ def test_pages_run_and_point_to_what_exists(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
+    # Also where a line is for another program: verl's external_lib, vLLM's --logits-processors.
+    for name in re.findall(r"\bgenrec_ext(?:\.\w+)+(?::\w+)?", text):
+        assert exists(name), name
+
+
+def exists(name):
+    """Whether `package.module.attribute` or `package.module:attribute` is there."""
+    try:
+        pkgutil.resolve_name(name)
+    except ImportError as error:  # a class that needs a package says so by its name
+        return str(error).startswith(name.rpartition(":")[2] + " needs")
+    except AttributeError:
+        return False
+    return True
+
+
+def test_a_name_that_is_not_there_is_noticed():
+    assert exists("genrec_ext.sage_loss") and exists("genrec_ext.integrations.vllm")
+    for name in ("sage_los", "integrations.vll", "integrations.vllm:TrieLogitsProcesso"):
+        assert not exists(f"genrec_ext.{name}")
