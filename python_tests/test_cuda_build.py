@@ -163,7 +163,7 @@ def fake_calls():
     logits, scores = torch.empty(4, 9, device="cuda"), torch.empty(2, 2, device="cuda")
     nodes = torch.empty(2, 2, dtype=torch.long, device="cuda")
     level = [torch.empty(n, dtype=torch.int32, device="cuda") for n in (3, 5)]
-    books = torch.empty(3, 50, 8, device="cuda")
+    vectors, books = torch.empty(4, 8, device="cuda"), torch.empty(3, 50, 8, device="cuda")
     steps = torch.ops.genrec
     loss, stats = genrec_ext.sage_loss(x, tokens, old, advantages, return_stats=True)
     return {
@@ -172,7 +172,7 @@ def fake_calls():
         "token_logps": genrec_ext.token_logps(x, tokens),
         "decoupled_advantages": (genrec_ext.decoupled_advantages(rewards, weights),),
         "level_logits": (genrec_ext.level_logits(hidden, head, [(0, 5), (5, 9), (9, 20)]),),
-        "residual_quantize": genrec_ext.residual_quantize(logits[:, :8], books),
+        "residual_quantize": genrec_ext.residual_quantize(vectors, books),
         "sinkhorn": (genrec_ext.sinkhorn(logits, 0.1),),
         "trie_beam_step": steps.trie_beam_step(
             logits, scores, nodes, *level, 7, level_begin=0, level_end=9
