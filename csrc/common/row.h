@@ -41,6 +41,38 @@ struct RunningSum {
   bool poisoned = false;
 };
 
+// Asks for the memory of rows of n columns that are read one after the other, each `step`
+// elements after the one before.  In two strides, into the second-level cache and from there
+// into the first: the first alone cannot have enough lines on their way.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const T* x, int64_t n, int64_t step) : far_(x, n, step, 6144), near_(x, n, step, 4096) {}
+
+  // What comes after elements [i, i + count) of this row.
+  GENREC_INLINE_MEMBER void ask(int64_t i, int64_t count) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    const T *far = far_.of(i), *near = near_.of(i);
+    for (int64_t at = 0; at < count; at += kLine) prefetch_far(far + at);
+    for (int64_t at = 0; at < count; at += kLine) prefetch(near + at);
+  }
+
+ private:
+  struct Place {
+    Place(const T* x, int64_t n, int64_t step, int64_t bytes) {
+      const int64_t distance = bytes / static_cast<int64_t>(sizeof(T)), rows = distance / n;
+      here = x + distance + rows * (step - n);
+      next = here + (step - n);
+      turn = (rows + 1) * n - distance;
+    }
+    const T* of(int64_t i) const { return (i < turn ? here : next) + i; }
+
+    const T *here, *next;  // until a row's end is passed, and from there on
+    int64_t turn;
+  };
+  Place far_, near_;
+};
+
 template <class E>
 GENREC_INLINE float block_top(const E* x, int64_t n) {
   vfloat top0 = splat(-INFINITY), top1 = top0;
@@ -58,9 +90,11 @@ GENREC_INLINE float block_top(const E* x, int64_t n) {
 
 // Adds n logits to the sum.  With kKeep, leaves each one's e^d in kept[0 .. n),
 // d against the top as it is after this block, pairs of vectors in load_pair's
-// order; kept may be x itself.  Without kWeighted, the entropy's sum is left out.
+// order; kept may be x itself.  Without kWeighted, the entropy's sum is left out.  `ahead`, if
+// given, is of the row whose element `at` is x.
 template <bool kKeep, bool kWeighted, class E>
-static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperature, float* kept) {
+static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperature, float* kept,
+                      const Ahead<E>* ahead = nullptr, int64_t at = 0) {
   const float top = block_top(x, n);
   if (top > run.top) {
     if (run.top > -INFINITY) {
@@ -85,8 +119,7 @@ static void add_block(RunningSum& run, const E* x, int64_t n, float inv_temperat
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     // The next block comes while this one is worked on.
-    prefetch(x + i + kBlock);
-    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
+    if (ahead != nullptr) ahead->ask(at + i, 2 * kLanes);
     vfloat a, b;
     load_pair(x + i, a, b);
     const vfloat t0 = (a - vtop) * rate, t1 = (b - vtop) * rate;
@@ -123,6 +156,7 @@ struct RowView {
   const T* x;
   const int32_t* columns;
   int64_t n;
+  int64_t step;  // from here to the row that is read next, most often
 };
 
 template <class T>
@@ -137,10 +171,11 @@ static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temper
   if (row.n == 0) return empty_row<float>();
   float scratch[kBlock];
   RunningSum run;
+  const Ahead<T> ahead(row.x, row.n, row.step);
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {
-      add_block<false, true>(run, row.x + at, n, inv_temperature, nullptr);
+      add_block<false, true>(run, row.x + at, n, inv_temperature, nullptr, &ahead, at);
     } else {
       gather(row, at, n, scratch);
       add_block<false, true>(run, scratch, n, inv_temperature, nullptr);
@@ -156,14 +191,16 @@ inline constexpr bool kFused = true;
 inline constexpr bool kFused = false;
 #endif
 
-// The sum of 2^((x - guess) rate) over n elements, where the product of guess and
-// rate is taken as `shift`.  With kKeep, leaves each power in kept[0 .. n), pairs of
+// The sum of 2^((x - guess) rate) over a row of columns side by side, where the product of
+// guess and rate is taken as `shift`.  With kKeep, leaves each power in kept[0 .. n), pairs of
 // vectors in load_pair's order; kept may be memory of the next use.
 template <bool kKeep, class T>
-GENREC_INLINE double sum_of_powers(const T* x, int64_t n, float rate, float guess, float shift,
+GENREC_INLINE double sum_of_powers(const RowView<T>& row, float rate, float guess, float shift,
                                    float* kept) {
-  // Far enough ahead to hide the memory, and the row after this one is most often next.
-  constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kKeptAhead = 2048 / static_cast<int64_t>(sizeof(T));
+  const T* x = row.x;
+  const int64_t n = row.n;
+  const Ahead<T> ahead(x, n, row.step);
   const auto power = [&](vfloat v) __attribute__((always_inline)) {
     return exp2_any(kFused ? v * rate - shift : (v - guess) * rate);
   };
@@ -173,11 +210,10 @@ GENREC_INLINE double sum_of_powers(const T* x, int64_t n, float rate, float gues
     vfloat sum0{}, sum1{}, sum2{}, sum3{};
     int64_t i = at;
     for (; i + 4 * kLanes <= last; i += 4 * kLanes) {
-      for (int64_t line = 0; line < 4 * kLanes; line += 64 / static_cast<int64_t>(sizeof(T)))
-        prefetch(x + i + kAhead + line);
+      ahead.ask(i, 4 * kLanes);
       if constexpr (kKeep)
         for (int64_t line = 0; line < 4 * kLanes; line += 16)
-          prefetch_to_write(kept + i + kAhead / 2 + line);
+          prefetch_to_write(kept + i + kKeptAhead + line);
       vfloat a, b, c, d;
       load_pair(x + i, a, b);
       load_pair(x + i + 2 * kLanes, c, d);
@@ -217,11 +253,12 @@ struct Guess {
 };
 
 template <bool kKeep, class T>
-GENREC_INLINE Guess guess_sum(const T* x, int64_t n, float inv_temperature, float* kept) {
-  Guess g{inv_temperature * kLog2e, block_top(x, n < 4 * kLanes ? n : 4 * kLanes), 0, NAN, false};
+GENREC_INLINE Guess guess_sum(const RowView<T>& row, float inv_temperature, float* kept) {
+  const int64_t few = row.n < 4 * kLanes ? row.n : 4 * kLanes;
+  Guess g{inv_temperature * kLog2e, block_top(row.x, few), 0, NAN, false};
   g.shift = static_cast<float>(static_cast<double>(g.guess) * g.rate);
   if (g.shift > -4096 && g.shift < 4096) {  // beyond, x rate has lost too many digits
-    g.sum = sum_of_powers<kKeep>(x, n, g.rate, g.guess, g.shift, kept);
+    g.sum = sum_of_powers<kKeep>(row, g.rate, g.guess, g.shift, kept);
     // Above, the guess lay so far below the largest logit that rounding shows.
     g.good = g.sum < 0x1p30;
   }
@@ -238,16 +275,16 @@ GENREC_INLINE Normalizer<float> finish(const Guess& g, float inv_temperature) {
   return {held, static_cast<float>((top - held) * inv_temperature), 0};
 }
 
-// The normaliser without the entropy, for n columns side by side; of none, log_sum
-// is NaN.
+// The normaliser without the entropy, of columns side by side; of none, log_sum is NaN.
 template <class T>
-static Normalizer<float> normalize_plain(const T* x, int64_t n, float inv_temperature) {
-  const Guess g = guess_sum<false>(x, n, inv_temperature, nullptr);
+static Normalizer<float> normalize_plain(const RowView<T>& row, float inv_temperature) {
+  if (row.n == 0) return {-INFINITY, NAN, NAN};
+  const Guess g = guess_sum<false>(row, inv_temperature, nullptr);
   if (g.good) return finish(g, inv_temperature);
   RunningSum run;
-  for (int64_t at = 0; at < n; at += kBlock)
-    add_block<false, false>(run, x + at, n - at < kBlock ? n - at : kBlock, inv_temperature,
-                            nullptr);
+  for (int64_t at = 0; at < row.n; at += kBlock)
+    add_block<false, false>(run, row.x + at, row.n - at < kBlock ? row.n - at : kBlock,
+                            inv_temperature, nullptr);
   return finish(run);
 }
 
@@ -296,10 +333,11 @@ template <class T, bool kWeighted = true>
 static Normalizer<float> normalize(const RowView<T>& row, float inv_temperature, Kept kept) {
   if (row.n == 0) return empty_row<float>();
   RunningSum run;
+  const Ahead<T> ahead(row.x, row.n, row.step);
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {
-      add_block<true, kWeighted>(run, row.x + at, n, inv_temperature, kept.e + at);
+      add_block<true, kWeighted>(run, row.x + at, n, inv_temperature, kept.e + at, &ahead, at);
     } else {
       gather(row, at, n, kept.e + at);
       add_block<true, kWeighted>(run, kept.e + at, n, inv_temperature, kept.e + at);

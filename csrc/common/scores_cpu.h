@@ -15,16 +15,19 @@ template <class T>
 RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
   const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
   const Support& s = in.support;
+  const bool last = t + 1 == in.T;
+  const int64_t step = last ? in.stride_n - t * in.stride_t : in.stride_t;
   first = 0;
   if (s.begin != nullptr) {  // an empty `columns` is null
     const int64_t r = n * in.T + t;
-    return {x, s.columns + s.begin[r], s.end[r] - s.begin[r]};
+    return {x, s.columns + s.begin[r], s.end[r] - s.begin[r], step};
   }
   if (s.ranges != nullptr) {
     first = s.ranges[2 * t];
-    return {x + first, nullptr, s.ranges[2 * t + 1] - first};
+    const int64_t next = s.ranges[last ? 0 : 2 * (t + 1)];
+    return {x + first, nullptr, s.ranges[2 * t + 1] - first, step + next - first};
   }
-  return {x, nullptr, in.V};
+  return {x, nullptr, in.V, step};
 }
 
 // Whether the row's support holds this column.

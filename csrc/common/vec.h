@@ -87,8 +87,14 @@ GENREC_INLINE float max_lanes(vfloat v) {
 }
 #endif
 
-// Asks for the cache line of p; any address will do, also one past the end.
+// A function that only asks for memory has to be inlined: GCC takes its calls for idle and drops
+// them.
+#define GENREC_INLINE_MEMBER inline __attribute__((always_inline))
+
+// Asks for the cache line of p; any address will do, also one past the end.  `prefetch_far`
+// brings it as far as the second-level cache, which has room for more lines on their way.
 GENREC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+GENREC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 GENREC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 // Exponentials are taken to base 2: e^d = 2^t with t = d log2(e), and log2(e)

@@ -163,21 +163,21 @@ struct RowState {
   From from;
 };
 
-// Normalises n columns side by side.  With `kept`, leaves their powers there if the
-// guess was good.
+// Normalises columns side by side.  With `kept`, leaves their powers there if the guess was
+// good.
 template <class T>
-RowState<T> normalize_side_by_side(const T* x, int64_t n, float inv, float* kept) {
-  RowState<T> row;
-  row.guess =
-      kept == nullptr ? guess_sum<false>(x, n, inv, nullptr) : guess_sum<true>(x, n, inv, kept);
-  if (row.guess.good) {
-    row.z = finish(row.guess, inv);
-    row.from = kept == nullptr ? From::powers : From::powers_kept;
+RowState<T> normalize_side_by_side(const RowView<T>& row, float inv, float* kept) {
+  RowState<T> state;
+  state.guess =
+      kept == nullptr ? guess_sum<false>(row, inv, nullptr) : guess_sum<true>(row, inv, kept);
+  if (state.guess.good) {
+    state.z = finish(state.guess, inv);
+    state.from = kept == nullptr ? From::powers : From::powers_kept;
   } else {
-    row.z = normalize(RowView<T>{x, nullptr, n}, inv);
-    row.from = From::row;
+    state.z = normalize(row, inv);
+    state.from = From::row;
   }
-  return row;
+  return state;
 }
 
 // The gradient of a row of V columns side by side, its token's included: `slope` is
@@ -228,12 +228,12 @@ void rows(const RowsArgs& a, int64_t first_n, int64_t last_n) {
             powers = g;
           else if (with_grad && keeper.reserve(row.n))
             powers = keeper.data();
-          state = normalize_side_by_side(row.x, row.n, inv, powers);
+          state = normalize_side_by_side(row, inv, powers);
         } else if (with_grad && keeper.reserve(row.n + blocks_of(row.n))) {
           kept = {keeper.data(), keeper.data() + row.n};
           state.z = normalize<T, false>(row, inv, kept);
         } else if (row.columns == nullptr && row.n > 1) {
-          state.z = normalize_plain(row.x, row.n, inv);
+          state.z = normalize_plain(row, inv);
         } else {
           state.z = normalize(row, inv);
         }
@@ -349,10 +349,11 @@ void pairwise(const PairwiseArgs& a, int64_t first_n, int64_t last_n) {
     };
     for (int64_t r = 0; r < in.T; ++r) {
       const T* x = x_of(r);
+      const RowView<T> row{x, nullptr, in.V, in.stride_t};
       if constexpr (sizeof(S) == sizeof(float)) {
-        states[r] = normalize_side_by_side(x, in.V, inv, kept(r));
+        states[r] = normalize_side_by_side(row, inv, kept(r));
       } else {
-        states[r].z = normalize(RowView<T>{x, nullptr, in.V}, inv);
+        states[r].z = normalize(row, inv);
       }
       // A small prefix temperature magnifies what a float would round off.
       const double logp =

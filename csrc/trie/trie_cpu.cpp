@@ -165,7 +165,7 @@ bool is_node(const StepArgs& a, int64_t node) {
 
 // Nodes lie anywhere in the trie: what beams to come will look at is asked for
 // early, first where the children are, then their labels.
-void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
+GENREC_INLINE void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
   constexpr int64_t kNear = 4, kFar = 8;
   if (row + kFar < last_row && a.nodes[row + kFar] >= 0 && a.nodes[row + kFar] < a.level_nodes)
     prefetch(a.first_child + a.nodes[row + kFar]);
@@ -253,9 +253,12 @@ Normalizer<float> normalize_children(const StepArgs& a, const Children& c, const
 template <class T>
 Normalizer<float> normalize_beam(const StepArgs& a, const Children& c, const T* x, bool& outside) {
   switch (a.softmax) {
-    case Softmax::vocab: return normalize_plain(x, a.V, a.inv_temperature);
+    case Softmax::vocab:
+      return normalize_plain(RowView<T>{x, nullptr, a.V, a.stride}, a.inv_temperature);
     case Softmax::level:
-      return normalize_plain(x + a.level_begin, a.level_end - a.level_begin, a.inv_temperature);
+      return normalize_plain(
+          RowView<T>{x + a.level_begin, nullptr, a.level_end - a.level_begin, a.stride},
+          a.inv_temperature);
     default: return normalize_children(a, c, x, outside);
   }
 }
