@@ -115,8 +115,9 @@ def peak_memory(method: Callable[[], Any], device: str = "cpu") -> float:
         method()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What earlier calls freed and the allocator kept would hide what this one needs.
+    # What earlier calls freed and somebody kept would hide what this one needs.
     ctypes.CDLL(None).malloc_trim(0)
+    genrec_ext.empty_cache()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     method()

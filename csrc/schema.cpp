@@ -97,6 +97,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "int[] ends, bool for_hidden, bool for_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
   // Zeros that take memory only where something is written; CPU.
   m.def("blank_like(Tensor like) -> Tensor");
+  m.def("empty_cache() -> int");
 
   // ---- prefix ----
   // B users, P <= T prefix lengths, C candidates, the first the positive; each per_level is

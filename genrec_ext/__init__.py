@@ -9,6 +9,7 @@ from .candidates import Candidates, CandidateSampler, Contexts, context_logps
 from .decode import BeamResult, SampleResult, beam_search, sample_items
 from .filters import ItemFilter, ItemMasks
 from .live import LiveTrie
+from .memory import empty_cache
 from .objectives import (
     AdaptivePrefixWeights,
     BeamAwareLoss,
@@ -63,6 +64,7 @@ __all__ = [
     "beam_search",
     "context_logps",
     "decoupled_advantages",
+    "empty_cache",
     "gradient_surgery",
     "level_logits",
     "masked_softmax_loss",

@@ -985,3 +985,48 @@ def test_retained_graphs_give_the_same_gradient_again():
     assert torch.equal(first, second) and torch.equal(first, last)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaf)
+
+
+# ---- memory that large gradients leave for the next ones ----
+
+
+def large_gradient(seed, rows):
+    """A gradient of 4 MiB or more, which takes mapped memory, beside one row's, which does not."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, 1, 1 << 17, generator=g)
+    tokens = torch.randint(1 << 17, (rows, 1), generator=g)
+    arguments = tokens, torch.full((rows, 1), -12.0), torch.ones(rows)
+
+    def gradient(at):
+        x = logits[at].clone().requires_grad_()
+        config = SageConfig(reduction="sum")
+        genrec_ext.sage_loss(x, *(a[at] for a in arguments), config=config).backward()
+        return x.grad
+
+    return gradient(slice(None)), torch.cat([gradient(slice(i, i + 1)) for i in range(rows)])
+
+
+def test_large_gradients_take_the_memory_of_earlier_ones_and_only_of_those():
+    genrec_ext.empty_cache()
+    first, expected = large_gradient(0, 10)
+    assert genrec_ext.empty_cache() == 0, "kept while it was in use"
+    second, _ = large_gradient(1, 10)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, expected)
+    del first, second
+    smaller, expected = large_gradient(2, 9)
+    assert torch.equal(smaller, expected)
+    larger, expected = large_gradient(3, 16)  # than anything kept
+    assert torch.equal(larger, expected)
+    del smaller, larger
+    assert genrec_ext.empty_cache() == (6 + 8) << 20, "the last two"
+    assert genrec_ext.empty_cache() == 0
+
+
+def test_large_gradients_of_several_threads_are_apart():
+    def one(seed):
+        found, expected = large_gradient(seed, 8 + seed % 3)
+        return torch.equal(found, expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(24)))
+    genrec_ext.empty_cache()

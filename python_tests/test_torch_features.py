@@ -186,6 +186,8 @@ LEARNED = tuple(name for name, operator in TABLE.items() if operator.learned)
 COMPOSED = ("prefix_loss_from_logps", "soft_assign", "straight_through_embedding")
 # Operators that only others here call.
 INNER = ("assign_last_codes", "blank_like")
+# Of no tensor.
+OUTER = ("empty_cache",)
 
 
 def registered():
@@ -197,7 +199,7 @@ def registered():
 def test_no_public_operator_is_missing():
     documented = {x for x in genrec_ext.ops.__all__ if inspect.isfunction(getattr(genrec_ext, x))}
     assert len(documented) > 15 and len(registered()) > 10
-    assert registered() - set(INNER) <= documented, "registered, but no documented function"
+    assert registered() - {*INNER, *OUTER} <= documented, "registered, but no documented function"
     assert documented == set(TABLE)
 
 

@@ -19,22 +19,65 @@ struct Mapping {
   int64_t bytes;
 };
 
-// Mappings of zeros, ready for the next taker.  Whoever looks at one holds it
-// alone; nobody waits.
-std::atomic<Mapping*> kept[2];
+// Mappings that are ready for the next taker.  Whoever looks at one holds it alone; nobody
+// waits.
+struct Shelf {
+  std::atomic<Mapping*> slots[2];
 
-void unmap(void* data, int64_t bytes) { munmap(data, static_cast<size_t>(bytes)); }
+  // One of at least `least` and at most `most` bytes, or nothing.
+  Mapping take(int64_t least, int64_t most) {
+    for (std::atomic<Mapping*>& slot : slots) {
+      Mapping* mapping = slot.exchange(nullptr);
+      if (mapping == nullptr) continue;
+      if (mapping->bytes < least || mapping->bytes > most) {
+        keep(mapping);
+        continue;
+      }
+      const Mapping taken = *mapping;
+      delete mapping;
+      return taken;
+    }
+    return {nullptr, 0};
+  }
 
-// Into an empty slot, or into the first in place of what is there.
-void keep(Mapping* mapping) {
-  for (std::atomic<Mapping*>& slot : kept) {
-    Mapping* none = nullptr;
-    if (slot.compare_exchange_strong(none, mapping)) return;
+  // As the latest, in place of the one before the last.
+  void keep(Mapping* mapping) {
+    for (std::atomic<Mapping*>& slot : slots) {
+      mapping = slot.exchange(mapping);
+      if (mapping == nullptr) return;
+    }
+    unmap(*mapping);
+    delete mapping;
   }
-  if (Mapping* old = kept[0].exchange(mapping)) {
-    unmap(old->data, old->bytes);
-    delete old;
+
+  int64_t clear() {
+    int64_t bytes = 0;
+    for (std::atomic<Mapping*>& slot : slots)
+      if (Mapping* mapping = slot.exchange(nullptr)) {
+        bytes += mapping->bytes;
+        unmap(*mapping);
+        delete mapping;
+      }
+    return bytes;
   }
+
+  void put(const Mapping& mapping) {
+    Mapping* kept = new (std::nothrow) Mapping(mapping);
+    kept == nullptr ? unmap(mapping) : keep(kept);
+  }
+
+ private:
+  static void unmap(const Mapping& mapping) {
+    munmap(mapping.data, static_cast<size_t>(mapping.bytes));
+  }
+};
+
+Shelf zeros, whole;
+
+void* map(int64_t bytes) {
+  void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return data == MAP_FAILED ? nullptr : data;
 }
 
 // Makes the mapping all zeros by clearing the pages of `written` and returning the
@@ -76,34 +119,45 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 #endif
 }
 
-void* map_blank(int64_t bytes) {
-  for (std::atomic<Mapping*>& slot : kept) {
-    Mapping* mapping = slot.exchange(nullptr);
-    if (mapping == nullptr) continue;
-    if (mapping->bytes != bytes) {
-      keep(mapping);
-      continue;
-    }
-    void* data = mapping->data;
-    delete mapping;
-    return data;
+void* map_whole(int64_t& bytes) {
+  // A smaller batch may take a larger one's pages.
+  const Mapping kept = whole.take(bytes, 2 * bytes);
+  if (kept.data != nullptr) {
+    bytes = kept.bytes;
+    return kept.data;
   }
-  void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) return nullptr;
+  constexpr int64_t kHuge = int64_t{2} << 20;
+  bytes = (bytes + kHuge - 1) / kHuge * kHuge;
+  void* data = map(bytes);
+  if (data != nullptr) advise_huge_pages(data, bytes);
+  return data;
+}
+
+void release_whole(void* data, int64_t bytes) {
+#if defined(MADV_FREE)
+  // More than this is not kept, also where nothing would ask for it.
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (bytes <= kMost && madvise(data, static_cast<size_t>(bytes), MADV_FREE) == 0)
+    return whole.put({data, bytes});
+#endif
+  munmap(data, static_cast<size_t>(bytes));
+}
+
+int64_t release_kept() { return zeros.clear() + whole.clear(); }
+
+void* map_blank(int64_t bytes) {
+  if (void* kept = zeros.take(bytes, bytes).data) return kept;
+  void* data = map(bytes);
 #if defined(MADV_NOHUGEPAGE)
   // A huge page would be zeroed whole for the few bytes that are written.
-  madvise(data, static_cast<size_t>(bytes), MADV_NOHUGEPAGE);
+  if (data != nullptr) madvise(data, static_cast<size_t>(bytes), MADV_NOHUGEPAGE);
 #endif
   return data;
 }
 
 void release_blank(void* data, int64_t bytes, const Span* written, int64_t count) {
-  Mapping* mapping = nullptr;
-  if (cleared(static_cast<char*>(data), bytes, written, count))
-    mapping = new (std::nothrow) Mapping{data, bytes};
-  if (mapping == nullptr) return unmap(data, bytes);
-  keep(mapping);
+  if (cleared(static_cast<char*>(data), bytes, written, count)) return zeros.put({data, bytes});
+  munmap(data, static_cast<size_t>(bytes));
 }
 
 }  // namespace genrec

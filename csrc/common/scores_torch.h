@@ -14,8 +14,8 @@
 #if defined(GENREC_CUDA_LIBRARY)
 #include "common/launch_torch.h"
 #else
-#include "common/blank.h"
 #include "common/isa.h"
+#include "common/mapped.h"
 #endif
 
 namespace genrec {
@@ -105,9 +105,7 @@ inline Gradient new_gradient(const Tensor& like, const Scores& s) {
   if (is_supported(s) && V * element_size >= kLongRow)
     if (std::optional<Tensor> blank = new_blank(like, {N, T, V}, written_spans(s, element_size)))
       return {*blank, true};
-  Tensor values = new_tensor(like, like.scalar_type(), {N, T, V});
-  advise_huge_pages(values.mutable_data_ptr(), values.numel() * element_size);
-  return {values, false};
+  return {new_whole(like, {N, T, V}), false};
 }
 
 #endif

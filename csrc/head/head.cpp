@@ -1,7 +1,7 @@
 // The torch side of language-model heads under a support: memory for a weight
 // gradient of which few rows are not zero.  The products are torch's own matrix
 // products (genrec_ext/ops/head.py).
-#include "common/blank.h"
+#include "common/mapped.h"
 
 namespace genrec::head {
 namespace {
