@@ -116,33 +116,32 @@ FIRST = "genrec, first"
 
 
 def measure_loss(shapes, device, repeats) -> list[dict]:
+    cases = [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    # All of them before the others run at all: what those leave in the allocator decides whether
+    # a copy has to fault its pages in.
+    alone = []
+    for shape, dtype in cases:
+        both, _ = loss_methods(shape, dtype, device)
+        methods = {name: both[name] for name in ("clone", "genrec", "genrec in place")}
+        if device == "cpu":
+            methods[FIRST] = lambda gradient=both["genrec"]: (genrec_ext.empty_cache(), gradient())
+        alone.append(interleaved(methods, 2 * repeats, warmup=2, device=device))
     results = []
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.compiler.reset()
-            both, forward = loss_methods(shape, dtype, device)
-            alone = {name: both[name] for name in ("clone", "genrec", "genrec in place")}
-            if device == "cpu":
-                alone[FIRST] = lambda gradient=both["genrec"]: (
-                    genrec_ext.empty_cache(),
-                    gradient(),
-                )
-            results.append(
-                {
-                    "shape": shape,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "logits_mib": torch.Size(shape).numel() * dtype.itemsize / 2**20,
-                    # First, as what others leave in the allocator decides whether a copy has to
-                    # fault its pages in.
-                    "alone": interleaved(alone, 2 * repeats, warmup=2, device=device),
-                    "both": interleaved(both, repeats, warmup=2, device=device),
-                    "forward": interleaved(forward, repeats, warmup=2, device=device),
-                    "peak_mib": {k: peak_memory(f, device) for k, f in both.items()},
-                }
-            )
-            print(
-                shape, dtype, {k: v["median"] for k, v in results[-1]["both"].items()}, flush=True
-            )
+    for (shape, dtype), beside_copy in zip(cases, alone, strict=True):
+        torch.compiler.reset()
+        both, forward = loss_methods(shape, dtype, device)
+        results.append(
+            {
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "logits_mib": torch.Size(shape).numel() * dtype.itemsize / 2**20,
+                "alone": beside_copy,
+                "both": interleaved(both, repeats, warmup=2, device=device),
+                "forward": interleaved(forward, repeats, warmup=2, device=device),
+                "peak_mib": {k: peak_memory(f, device) for k, f in both.items()},
+            }
+        )
+        print(shape, dtype, {k: v["median"] for k, v in results[-1]["both"].items()}, flush=True)
     return results
 
 

@@ -66,9 +66,9 @@ const CpuKernels& kernels() { return cpu_trie_kernels(); }
 }
 
 void run(StepArgs& a, const Tensor&) {
-  // A thread is worth waking for about this many logits: to sleep and be woken costs it some
-  // tens of microseconds.
-  constexpr int64_t kGrain = 1 << 18;
+  // A thread is worth waking for about this many logits, as in torch's own operators: OpenMP's
+  // threads wait awake for a while after their last work.
+  constexpr int64_t kGrain = 1 << 15;
   const int64_t row_work = a.softmax == Softmax::vocab   ? a.V
                            : a.softmax == Softmax::level ? a.level_end - a.level_begin
                                                          : 256;
