@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "level_logits_backward(Tensor grad_logits, Tensor hidden, Tensor weight, int[] starts, "
       "int[] ends, bool for_hidden, bool for_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
   // Zeros that take memory only where something is written; CPU.
-  m.def("blank_like(Tensor like) -> Tensor");
+  m.def("blank_like(Tensor like, int[] starts, int[] ends) -> Tensor");
   m.def("empty_cache() -> int");
 
   // ---- prefix ----

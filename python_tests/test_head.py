@@ -88,7 +88,7 @@ def test_gradcheck_opcheck_compile_and_the_operator_itself():
         plain = (grad, hidden.detach(), weight.detach(), starts, ends, *wanted)
         opcheck(torch.ops.genrec.level_logits_backward, plain, test_utils=tests)
     fakes = ("test_schema", "test_faketensor")
-    opcheck(torch.ops.genrec.blank_like, (weight.detach().t(),), test_utils=fakes)
+    opcheck(torch.ops.genrec.blank_like, (weight.detach().t(), [0], [2]), test_utils=fakes)
     want = genrec_ext.level_logits(hidden, weight, RANGES)
     compiled = torch.compile(
         lambda h, w: genrec_ext.level_logits(h, w, RANGES), fullgraph=True, backend="aot_eager"
@@ -224,3 +224,29 @@ def test_without_the_support_a_policy_that_has_not_moved_looks_stale():
     assert abs(right.ratio - 1) < 1e-12
     kept = old.softmax(0)[start:end].sum()
     assert abs(wrong.ratio - kept) < 1e-12 and kept < 0.6
+
+
+def test_memory_of_an_earlier_weight_gradient_holds_nothing_of_it():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 2, 64, generator=g)
+    weight = torch.randn(8192, 64, generator=g).requires_grad_()  # 2 MiB, mapped
+
+    def gradient(ranges):
+        logits = genrec_ext.level_logits(hidden, weight, ranges)
+        (grad,) = torch.autograd.grad(logits[torch.isfinite(logits)].square().sum(), weight)
+        return grad
+
+    for ranges in ([(5, 90), (40, 77)], [(4000, 4010), (0, 64)], [(8000, 8192), (8100, 8101)]):
+        found = gradient(ranges)
+        rows = torch.zeros(8192, dtype=torch.bool)
+        for start, end in ranges:
+            rows[start:end] = True
+        assert found[rows].abs().max() > 0 and found[~rows].count_nonzero() == 0
+        found[7000:7100] = 1.0  # what somebody else writes is gone with it as well
+        del found
+
+
+@pytest.mark.parametrize("rows", [([0], [0, 1]), ([-1], [2]), ([3], [2]), ([0], [9])])
+def test_blank_memory_of_rows_that_are_none_is_refused(rows):
+    with pytest.raises(ValueError, match="starts and ends"):
+        torch.ops.genrec.blank_like(torch.zeros(8, 2), *rows)

@@ -120,7 +120,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad_hidden = hidden.new_empty(hidden.shape if for_hidden else (0,))
     if for_weight and weight.device.type == "cpu":
-        grad_weight = torch.ops.genrec.blank_like(weight)
+        grad_weight = torch.ops.genrec.blank_like(weight, starts, ends)
     else:
         grad_weight = weight.new_zeros(weight.shape if for_weight else (0,))
     for t, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -168,5 +168,5 @@ for _device in ("CPU", "CUDA"):
     _library.impl("level_logits_backward", _backward, _device)
 torch.library.register_fake("genrec::level_logits_forward", _forward_fake)
 torch.library.register_fake("genrec::level_logits_backward", _backward_fake)
-torch.library.register_fake("genrec::blank_like", lambda like: like.new_empty(like.shape))
+torch.library.register_fake("genrec::blank_like", lambda like, *_: like.new_empty(like.shape))
 torch.library.register_autograd("genrec::level_logits_forward", _grad, setup_context=_setup)
