@@ -135,7 +135,7 @@ void* map_whole(int64_t& bytes) {
 
 void release_whole(void* data, int64_t bytes) {
 #if defined(MADV_FREE)
-  // More than this is not kept, also where nothing would ask for it.
+  // Larger ones go back at once: nobody shall wonder what holds gigabytes.
   constexpr int64_t kMost = int64_t{1} << 30;
   if (bytes <= kMost && madvise(data, static_cast<size_t>(bytes), MADV_FREE) == 0)
     return whole.put({data, bytes});
