@@ -71,7 +71,9 @@ def tables(results: Results, data: str) -> list[str]:
         "TIGER",
         "validation",
     ]
-    return [f"## {data}", "", *table(head, [row]), ""]
+    index = one["settings"].get("index")
+    command = f"`--data {data}" + (f" --index {index}" if index else "") + "`"
+    return [f"## {data}", "", command, "", *table(head, [row]), ""]
 
 
 def main() -> None:
