@@ -258,6 +258,7 @@ def test_accuracy_agrees_with_torchmetrics() -> None:
     items = distinct_rankings()
     targets = np.random.default_rng(6).integers(0, 30, len(items))
     truth, scores = (torch.from_numpy(part) for part in relevance(items, targets))
+    scores = scores - scores.min() + 1  # to torchmetrics what scores 0 or less is not retrieved
     index = torch.arange(len(items))[:, None].expand(truth.shape)
     for ours, theirs in (
         (metrics.recall, retrieval.RetrievalRecall),
