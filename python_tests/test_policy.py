@@ -1,9 +1,15 @@
 """token_logps, sage_loss and decoupled_advantages against their float64 definitions."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
+import platform
+import re
+import resource
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -904,6 +910,11 @@ def test_a_scaled_loss_over_a_support_scales_its_gradient(support, inplace, ours
     torch.testing.assert_close(leaf.grad, want * 0.5)
 
 
+mapped = pytest.mark.skipif(
+    "GENREC_SIMULATED" in os.environ, reason="simulated kernels write to torch's own memory"
+)
+
+
 def supported_gradient(V, width=300, seed=0, N=4, T=2, form="ranges"):
     """A function that computes a gradient which is zero but for `width` columns a row."""
     g = torch.Generator().manual_seed(seed)
@@ -946,6 +957,75 @@ def test_memory_of_a_gradient_that_is_used_again_holds_nothing_of_what_was_in_it
         del again, beside
         assert torch.equal(other(), besides) and torch.equal(gradient(), first)
         assert torch.equal(part, first[1:, 1, ::3])
+
+
+@contextlib.contextmanager
+def no_more_files():
+    """As where the system cannot be asked which pages hold anything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(OSError):
+            os.open(os.devnull, os.O_RDONLY)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("asked", (contextlib.nullcontext, no_more_files))
+def test_memory_of_a_gradient_is_cleared_wherever_it_was_written(asked):
+    gradient = supported_gradient(70_000, N=8)
+    first = gradient().clone()
+    with asked():
+        for step in (1, 2048, 70_000):  # every page, every other one (547 apart), one a row
+            used = gradient()
+            used.flatten()[step // 2 :: step] = 3.0
+            del used
+            assert torch.equal(gradient(), first)
+
+
+@mapped
+@pytest.mark.skipif(
+    tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 7),
+    reason="Linux 6.7 is the first to tell what was only read",
+)
+def test_memory_that_was_only_read_is_not_fetched_again():
+    logits = torch.randn(8, 2, 70_000, requires_grad=True)
+    tokens, ranges = torch.zeros(8, 2, dtype=torch.int64), [[0, 300], [0, 300]]
+
+    def faults_of_reading():
+        loss = genrec_ext.sage_loss(logits, tokens, tokens - 5.0, torch.ones(8), ranges=ranges)
+        used = torch.autograd.grad(loss, logits)[0].view(-1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        used.sum()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_reading()
+    pages = logits.nbytes // resource.getpagesize()
+    assert min(faults_of_reading() for _ in range(3)) < pages / 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_memory_of_a_gradient_is_cleared_in_a_forked_process_too():
+    code = """
+import os, sys, torch
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+sys.path.insert(0, sys.argv[1])
+from test_policy import supported_gradient
+gradient = supported_gradient(70_000)
+first = gradient().clone()
+used = gradient()
+child = os.fork()
+if child == 0:
+    used.fill_(7.0)  # copied: the parent's pages are untouched
+    del used
+    os._exit(0 if all(torch.equal(gradient(), first) for _ in range(3)) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "in the child"
+assert torch.equal(used, first)
+"""
+    subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__)], check=True, timeout=300)
 
 
 def test_gradients_of_several_threads_do_not_share_memory():
@@ -1005,11 +1085,6 @@ def large_gradient(seed, rows):
         return x.grad
 
     return gradient(slice(None)), torch.cat([gradient(slice(i, i + 1)) for i in range(rows)])
-
-
-mapped = pytest.mark.skipif(
-    "GENREC_SIMULATED" in os.environ, reason="simulated kernels write to torch's own memory"
-)
 
 
 @mapped

@@ -2,11 +2,17 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <new>
+#include <vector>
 
 namespace genrec {
 namespace {
@@ -80,26 +86,90 @@ void* map(int64_t bytes) {
   return data == MAP_FAILED ? nullptr : data;
 }
 
+#if defined(__linux__)
+
+// What the system has at hand of a range: ioctl(PAGEMAP_SCAN), Linux 6.7, by its documented layout,
+// since the headers that a build finds may be older than the kernel that it runs on.
+struct PageRegion {
+  uint64_t begin, end, categories;
+};
+struct PageScan {
+  uint64_t size, flags, begin, end, walked_to, regions, max_regions, max_pages;
+  uint64_t inverted, all_of, any_of, returned;
+};
+constexpr unsigned long kPageScan = _IOWR('f', 16, PageScan);
+constexpr uint64_t kPresent = 1 << 3, kSwapped = 1 << 4, kZeroPage = 1 << 5;
+
+// Calls use(begin, end) for each run of pages in [data, data + bytes) that hold memory of their
+// own, that is, to which somebody wrote; false where the system cannot tell or `use` gave up.
+// Opened anew each time: the file speaks of the process that opened it, not of one forked from it.
+template <class Use>
+bool for_each_written(char* data, int64_t bytes, Use use) {
+  const int file = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  PageRegion found[512];
+  PageScan scan{};
+  scan.size = sizeof scan;
+  scan.begin = reinterpret_cast<uint64_t>(data);
+  scan.end = scan.begin + static_cast<uint64_t>(bytes);
+  scan.regions = reinterpret_cast<uint64_t>(found);
+  scan.max_regions = std::size(found);
+  scan.all_of = scan.inverted = kZeroPage;  // where memory was only read, the zero page is
+  scan.any_of = scan.returned = kPresent | kSwapped;
+  bool going_on = true;
+  while (going_on && scan.begin < scan.end) {
+    const int count = ioctl(file, kPageScan, &scan);
+    going_on = count >= 0 && scan.walked_to > scan.begin;
+    for (int i = 0; going_on && i < count; ++i)
+      going_on = use(reinterpret_cast<char*>(found[i].begin) - data,
+                     reinterpret_cast<char*>(found[i].end) - data);
+    scan.begin = scan.walked_to;
+  }
+  close(file);
+  return going_on;
+}
+
+#endif
+
 // Makes the mapping all zeros by clearing the pages of `written` and returning the
-// others; false where it cannot, or where too much would stay.
+// others that hold anything; false where it cannot, or where too much would stay.
 bool cleared(char* data, int64_t bytes, const Span* written, int64_t count) {
 #if defined(__linux__)  // where MADV_DONTNEED promises zeros
   const int64_t page = sysconf(_SC_PAGESIZE), end = (bytes + page - 1) / page * page;
-  int64_t done = 0, stays = 0;
-  const auto drop = [&](int64_t first, int64_t last) {
-    return first >= last ||
-           madvise(data + first, static_cast<size_t>(last - first), MADV_DONTNEED) == 0;
-  };
+  std::vector<Span> kept;  // whole pages, each once
+  kept.reserve(static_cast<size_t>(count));
+  int64_t stays = 0;
   for (int64_t i = 0; i < count; ++i) {
+    const int64_t done = kept.empty() ? 0 : kept.back().end;
     const int64_t first = std::max(written[i].begin / page * page, done);
     const int64_t last = std::min((written[i].end + page - 1) / page * page, end);
     if (first >= last) continue;
     stays += last - first;
-    if (stays > kKeptBytes || !drop(done, first)) return false;
-    std::memset(data + first, 0, static_cast<size_t>(last - first));
-    done = last;
+    kept.push_back({first, last});
   }
-  return stays > 0 && drop(done, end);
+  if (stays == 0 || stays > kKeptBytes) return false;
+
+  // The pages from `first` to `last`, where each call begins no earlier than the last one ended.
+  auto next = kept.cbegin();
+  const auto clear = [&](int64_t first, int64_t last) {
+    while (first < last) {
+      while (next != kept.cend() && next->end <= first) ++next;
+      const bool keep = next != kept.cend() && next->begin <= first;
+      const int64_t to = std::min(last, keep                  ? next->end
+                                        : next != kept.cend() ? next->begin
+                                                              : last);
+      const auto size = static_cast<size_t>(to - first);
+      if (keep)
+        std::memset(data + first, 0, size);
+      else if (madvise(data + first, size, MADV_DONTNEED) != 0)
+        return false;
+      first = to;
+    }
+    return true;
+  };
+  if (for_each_written(data, end, clear)) return true;
+  next = kept.cbegin();
+  return clear(0, end);
 #else
   (void)data, (void)bytes, (void)written, (void)count;
   return false;

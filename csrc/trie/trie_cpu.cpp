@@ -27,6 +27,32 @@ T* allocate(int64_t n) {
   return static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(n)));
 }
 
+// Memory of a call: on the stack where `kNear` bytes are enough, since a small step is over
+// before the heap has tidied up.
+template <int64_t kNear>
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : far_(bytes > kNear ? std::malloc(static_cast<size_t>(bytes)) : nullptr) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { std::free(far_); }
+  void* data() { return far_ != nullptr ? far_ : near_; }
+
+ private:
+  alignas(64) unsigned char near_[kNear];
+  void* far_;
+};
+
+// The two lists of `width` words that a user's best are sorted in.
+class Words {
+ public:
+  explicit Words(int64_t width) : memory_(2 * width * static_cast<int64_t>(sizeof(uint64_t))) {}
+  uint64_t* data() { return static_cast<uint64_t*>(memory_.data()); }
+
+ private:
+  Memory<int64_t{4} << 10> memory_;
+};
+
 // ---- the best so far ----
 
 class Pool {
@@ -36,13 +62,11 @@ class Pool {
         capacity_(2 * width + 256),
         // Vectors are added whole, and a pad of them ends the keys.
         room_(capacity_ + 2 * kLanes),
-        memory_(allocate<float>(4 * room_)),
-        key_(memory_),
-        score_(memory_ + room_),
-        parent_(reinterpret_cast<int32_t*>(memory_ + 2 * room_)),
-        node_(reinterpret_cast<int32_t*>(memory_ + 3 * room_)) {}
-  Pool(const Pool&) = delete;
-  ~Pool() { std::free(memory_); }
+        memory_(4 * room_ * static_cast<int64_t>(sizeof(float))),
+        key_(static_cast<float*>(memory_.data())),
+        score_(key_ + room_),
+        parent_(reinterpret_cast<int32_t*>(key_ + 2 * room_)),
+        node_(reinterpret_cast<int32_t*>(key_ + 3 * room_)) {}
 
   void clear() { n_ = 0, worst_ = -INFINITY; }
   int64_t size() const { return n_; }
@@ -135,7 +159,7 @@ class Pool {
 
   int64_t width_, capacity_, room_, n_ = 0;
   float worst_ = -INFINITY;
-  float* memory_;
+  Memory<int64_t{12} << 10> memory_;
   float *key_, *score_;
   int32_t *parent_, *node_;
 };
@@ -396,7 +420,7 @@ template <class T>
 int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
   Pool pool(a.width);
   Scratch scratch;
-  uint64_t* words = allocate<uint64_t>(2 * a.width);
+  Words words(a.width);
   int64_t first_bad = -1;
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t user = task / a.chunks, chunk = task % a.chunks;
@@ -417,7 +441,7 @@ int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
       if (outside && first_bad < 0) first_bad = row;
     }
     if (a.chunks == 1) {
-      write_user(a, user, pool, words);
+      write_user(a, user, pool, words.data());
       continue;
     }
     a.sampling ? pool.cut<true>() : pool.cut<false>();
@@ -425,7 +449,6 @@ int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
     for (int64_t i = 0; i < a.width; ++i)
       kept[i] = i < pool.size() ? pool[i] : Contender{-INFINITY, -INFINITY, -1, -1};
   }
-  std::free(words);
   return first_bad;
 }
 
@@ -439,14 +462,13 @@ int64_t step_any(const StepArgs& a, int64_t first_task, int64_t last_task) {
 
 void merge(const StepArgs& a, int64_t first_user, int64_t last_user) {
   Pool pool(a.width);
-  uint64_t* words = allocate<uint64_t>(2 * a.width);
+  Words words(a.width);
   for (int64_t user = first_user; user < last_user; ++user) {
     pool.clear();
     const Contender* kept = static_cast<const Contender*>(a.workspace) + user * a.chunks * a.width;
     for (int64_t i = 0; i < a.chunks * a.width; ++i) pool.add(kept[i]);
-    write_user(a, user, pool, words);
+    write_user(a, user, pool, words.data());
   }
-  std::free(words);
 }
 
 }  // namespace

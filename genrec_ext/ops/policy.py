@@ -38,6 +38,7 @@ from ._shared import (
     FusedLoss,
     accumulate_dtype,
     as_dtype,
+    call_plain,
     first_order_only,
     integers,
     is_one,
@@ -406,13 +407,13 @@ def _sage_loss_and_stats(
         return _sage_loss_in_two_steps(logits, tokens, old_logps, advantages, arguments)
     rest = (integers("tokens", tokens), as_dtype(old_logps, dtype), as_dtype(advantages, dtype))
     arguments = _kernel_arguments(logits, arguments)
-    if with_grad and is_plain(logits):
-        given = dict(zip(("tokens", "old_logps", "advantages"), rest, strict=True))
-        return FusedLoss.apply(logits, torch.ops.genrec.sage_loss_forward, {**given, **arguments})
-    loss, stats, _ = torch.ops.genrec.sage_loss_forward(
-        logits, *rest, **arguments, with_grad=with_grad
-    )
-    return loss, stats
+    kernel = torch.ops.genrec.sage_loss_forward
+    if is_plain(logits):
+        arguments.update(zip(("tokens", "old_logps", "advantages"), rest, strict=True))
+        if with_grad:
+            return FusedLoss.apply(logits, kernel, arguments)
+        return call_plain(kernel, logits, arguments, False)[:2]
+    return kernel(logits, *rest, **arguments, with_grad=with_grad)[:2]
 
 
 def _sage_loss_in_two_steps(
@@ -522,7 +523,7 @@ def _is_sparse(logits: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a gradient of its own costs less memory than zeros written over the logits cost time.
 
     On the CPU the gradient under a support has pages only where a supported column lies
-    (csrc/common/scores_torch.h and blank.h, which have the same limits).
+    (csrc/common/scores_torch.h and mapped.h, which have the same limits).
     """
     supported = arguments["ranges"] is not None or arguments["columns"] is not None
     row = logits.shape[-1] * logits.element_size()

@@ -26,6 +26,7 @@ from ._shared import (
     FusedLoss,
     accumulate_dtype,
     as_dtype,
+    call_plain,
     first_order_only,
     integers,
     is_plain,
@@ -162,10 +163,13 @@ def _run(operator: str, logits: Tensor, arguments: dict[str, Any]) -> Any:
     For float16 it is made in backward, of what comes in: before, it would be rounded without a
     loss scale.
     """
-    wanted = wants_grad(operator, logits) and logits.dtype != torch.float16
+    with_grad = wants_grad(operator, logits)
+    wanted = with_grad and logits.dtype != torch.float16
     kernel = getattr(torch.ops.genrec, f"{operator}_forward")
-    if wanted and is_plain(logits):
+    if is_plain(logits) and wanted:
         results = FusedLoss.apply(logits, kernel, arguments)
+    elif is_plain(logits) and not with_grad:
+        results = call_plain(kernel, logits, arguments, False)[:-1]
     else:
         results = kernel(logits, **arguments, with_grad=wanted)[:-1]
     return results if len(results) > 1 else results[0]

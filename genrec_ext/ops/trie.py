@@ -24,7 +24,10 @@ def _plain(x: Tensor) -> Tensor:
 
 def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> dict[str, Any]:
     """What a step may not enter, as the operators take it."""
-    if forbidden is None or isinstance(forbidden, Tensor):
+    if forbidden is None:
+        closed = trie.closed(level)
+        return {} if closed is None else {"closed": closed}
+    if isinstance(forbidden, Tensor):
         return {"forbidden": forbidden, "closed": trie.closed(level)}
     if forbidden.trie is not trie.version:
         raise ValueError("forbidden must be a filter of this version of the trie")
