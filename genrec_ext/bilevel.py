@@ -18,6 +18,7 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 """The loss at given lower parameters; the upper ones are in it."""
 
 
+@torch.enable_grad()
 def meta_gradient(
     loss: Loss,
     upper: Sequence[Tensor],
@@ -110,19 +111,28 @@ def meta_gradient(
     ahead = [parameter.requires_grad_() for parameter in ahead]
     both = gradients(loss(ahead), [*upper, *ahead])
     direct, v = both[: len(upper)], both[len(upper) :]
-    length = torch.stack(torch._foreach_norm(v)).norm()
-    # Without a direction there is no second term; a tiny length only scales it.
-    scale = difference / length.clamp(min=torch.finfo(length.dtype).tiny)
-    v = list(torch._foreach_mul(v, scale))
+    # Measured by the largest element, so that no square vanishes.  Without a direction there is no
+    # second term, whatever its scale.
+    some = [x for x in v if x.numel()]
+    if not some:
+        return direct
+    largest = torch.stack(torch._foreach_norm(some, torch.inf)).max()
+    largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)
+    length = torch.stack(torch._foreach_norm(torch._foreach_div(some, largest))).norm()
+    length = length.clamp(min=torch.finfo(length.dtype).tiny)
+    v = list(torch._foreach_mul(torch._foreach_div(v, largest), difference / length))
     plus, minus = (gradients(inner(_moved(theta, v, sign)), upper) for sign in (1, -1))
     mixed = torch._foreach_sub(plus, minus)
-    return list(torch._foreach_sub(direct, torch._foreach_mul(mixed, rate / (2 * scale))))
+    back = largest * (length * (rate / (2 * difference)))
+    return list(torch._foreach_sub(direct, torch._foreach_mul(mixed, back)))
 
 
 def gradients(
     loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
 ) -> list[Tensor]:
     """Gradients of a scalar, zeros where it does not depend on a parameter."""
+    if not parameters:
+        return []
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(

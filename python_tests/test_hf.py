@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -514,8 +515,11 @@ def test_what_the_tree_cannot_compute_is_refused():
         hf.beam_search_hf(hooked, trie, 2, **given, softmax="level")
     forgetful = copy.deepcopy(tiny("llama")).train()
     forgetful.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="kept 0 of 7 positions in its cache: switch off gradient"):
-        hf.beam_search_hf(forgetful, trie, 2, **given)
+    want = hf.beam_search_hf(tiny("llama"), trie, 2, **given)
+    try:  # up to transformers 5.23 such a model leaves its cache empty
+        assert torch.equal(hf.beam_search_hf(forgetful, trie, 2, **given).items, want.items)
+    except ValueError as error:
+        assert "kept 0 of 7 positions in its cache: switch off gradient" in str(error)
 
 
 @pytest.mark.parametrize("softmax", ("children", "level"))
@@ -552,9 +556,11 @@ def test_arguments_that_do_not_fit_are_refused():
         hf.beam_search_hf(model, trie, 2, ids, mask, decoder_input_ids=ids)
     with pytest.raises(ValueError, match="position_ids must be None for an encoder-decoder"):
         hf.beam_search_hf(tiny("t5"), trie, 2, ids, mask, position_ids=ids)
-    filled = model(ids).past_key_values
-    with pytest.raises(ValueError, match="past_key_values must be empty, got 7 tokens"):
-        hf.sid_beam_search(model, ids, trie=trie, past_key_values=filled)
+    filled = DynamicCache(config=model.config)
+    model(ids, **hf.with_cache(model, filled))
+    for name in ("past_key_values", "cache"):  # by the release
+        with pytest.raises(ValueError, match=f"{name} must be empty, got 7 tokens"):
+            hf.sid_beam_search(model, ids, trie=trie, **{name: filled})
     with pytest.raises(ValueError, match="trie must be on the logits' device cpu, got meta"):
         hf._Head(model, trie.to("meta"), "vocab").checked(0, torch.zeros(1, V))
 

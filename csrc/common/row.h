@@ -47,7 +47,7 @@ struct RunningSum {
 template <class T>
 class Ahead {
  public:
-  Ahead(const T* x, int64_t n, int64_t step) : far_(x, n, step, 6144), near_(x, n, step, 4096) {}
+  Ahead(const T* x, int64_t n, int64_t step) : far_(x, n, step, 12288), near_(x, n, step, 4096) {}
 
   // What comes after elements [i, i + count) of this row.
   GENREC_INLINE_MEMBER void ask(int64_t i, int64_t count) const {

@@ -58,7 +58,28 @@ std::vector<int64_t> cheapest(const std::vector<double>& cost, int64_t rows, int
   return column_of;
 }
 
+// Items beyond a code's room to the lowest codes that have some.  Of n items those are below 2 n,
+// however large other codes may be.
+void to_lowest(const AssignArgs& a, int64_t begin, int64_t end) {
+  const auto at = [](int64_t i) { return static_cast<size_t>(i); };
+  std::vector<int64_t> count(at(std::min(a.codebook_size, 2 * (end - begin))), 0);
+  const auto low = static_cast<int64_t>(count.size());
+  for (int64_t i = begin; i < end; ++i)
+    if (a.last[a.items[i]] < low) ++count[at(a.last[a.items[i]])];
+  int64_t room = 0, code = -1, kept = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    int64_t& last = a.last[a.items[i]];
+    kept = last == code ? kept + 1 : 1;
+    code = last;
+    if (kept <= a.capacity) continue;
+    while (count[at(room)] >= a.capacity) ++room;
+    ++count[at(room)];
+    last = room;
+  }
+}
+
 void assign_group(const AssignArgs& a, int64_t begin, int64_t end) {
+  if (a.distances == nullptr) return to_lowest(a, begin, end);
   const auto at = [](int64_t i) { return static_cast<size_t>(i); };
   std::vector<int64_t> count(at(a.codebook_size), 0);
   for (int64_t i = begin; i < end; ++i) ++count[at(a.last[a.items[i]])];
@@ -69,20 +90,6 @@ void assign_group(const AssignArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     if (count[at(a.last[a.items[i]])] > a.capacity) rows.push_back(i);
   if (rows.empty()) return;
-
-  if (a.distances == nullptr) {
-    int64_t room = 0, code = -1, kept = 0;
-    for (int64_t i : rows) {
-      int64_t& last = a.last[a.items[i]];
-      kept = last == code ? kept + 1 : 1;
-      code = last;
-      if (kept <= a.capacity) continue;
-      while (count[at(room)] >= a.capacity) ++room;
-      ++count[at(room)];
-      last = room;
-    }
-    return;
-  }
 
   for (int64_t code = 0; code < a.codebook_size; ++code) {
     const int64_t places = count[at(code)] > a.capacity ? a.capacity : a.capacity - count[at(code)];

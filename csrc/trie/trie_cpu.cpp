@@ -187,14 +187,17 @@ bool is_node(const StepArgs& a, int64_t node) {
   return 0 <= begin && begin <= end && end <= a.next_nodes;
 }
 
-// Nodes lie anywhere in the trie: what beams to come will look at is asked for
+// Nodes lie anywhere in the trie: what rows to come will look at is asked for
 // early, first where the children are, then their labels.
-GENREC_INLINE void ask_ahead(const StepArgs& a, int64_t row, int64_t last_row) {
-  constexpr int64_t kNear = 4, kFar = 8;
-  if (row + kFar < last_row && a.nodes[row + kFar] >= 0 && a.nodes[row + kFar] < a.level_nodes)
-    prefetch(a.first_child + a.nodes[row + kFar]);
-  if (row + kNear < last_row && is_node(a, a.nodes[row + kNear]))
-    prefetch(a.labels + a.first_child[a.nodes[row + kNear]]);
+constexpr int64_t kNear = 4, kFar = 8;
+
+GENREC_INLINE void ask_for_children(const StepArgs& a, int64_t row) {
+  if (row < a.U * a.W && a.nodes[row] >= 0 && a.nodes[row] < a.level_nodes)
+    prefetch(a.first_child + a.nodes[row]);
+}
+GENREC_INLINE void ask_for_labels(const StepArgs& a, int64_t row) {
+  if (row < a.U * a.W && is_node(a, a.nodes[row]))
+    prefetch(a.labels + a.first_child[a.nodes[row]]);
 }
 
 Children children_of(const StepArgs& a, const UserFilter& filter, int64_t node) {
@@ -422,13 +425,18 @@ int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
   Scratch scratch;
   Words words(a.width);
   int64_t first_bad = -1;
+  const int64_t first_row =
+      first_task / a.chunks * a.W + a.W * (first_task % a.chunks) / a.chunks;
+  for (int64_t i = 0; i < kFar; ++i) ask_for_children(a, first_row + i);
+  for (int64_t i = 0; i < kNear; ++i) ask_for_labels(a, first_row + i);
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t user = task / a.chunks, chunk = task % a.chunks;
     const UserFilter filter = filter_of(a.filter, user);
     pool.clear();
     for (int64_t beam = a.W * chunk / a.chunks; beam < a.W * (chunk + 1) / a.chunks; ++beam) {
       const int64_t row = user * a.W + beam;
-      ask_ahead(a, row, (user + 1) * a.W);
+      ask_for_children(a, row + kFar);
+      ask_for_labels(a, row + kNear);
       bool outside = a.nodes[row] != -1 && !is_node(a, a.nodes[row]);
       if (outside && first_bad < 0) first_bad = row;
       if (outside || !alive(a, row)) continue;

@@ -35,6 +35,8 @@ except ImportError as error:
     ) from error
 
 _ENCODER_DECODERS = ("t5", "mt5")
+# What a model's forward calls its cache: the first from transformers 5.24 on.
+_CACHES = ("cache", "past_key_values")
 _NORMALISERS = ("vocab", "level", "children")
 
 
@@ -148,12 +150,12 @@ def sid_beam_search(
             f"max_new_tokens must be at least {trie.levels}, the tokens of an item, got "
             f"{room - input_ids.shape[1]}"
         )
-    past = model_kwargs.pop("past_key_values", None)
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values must be empty, got {past.get_seq_length()} tokens: give the prompts "
-            "whole"
-        )
+    for name in _CACHES:
+        past = model_kwargs.pop(name, None)
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError(
+                f"{name} must be empty, got {past.get_seq_length()} tokens: give the prompts whole"
+            )
     for name in ("use_cache", "logits_to_keep", "cache_position"):
         model_kwargs.pop(name, None)
     if model.config.is_encoder_decoder:
@@ -437,9 +439,11 @@ def _check_model(model: Any) -> None:
             )
         return
     accepted = inspect.signature(model.forward).parameters
-    for argument in ("position_ids", "past_key_values"):
-        if argument not in accepted:
-            raise ValueError(f"the model's forward must take {argument}; {name}'s does not")
+    for wanted in (("position_ids",), _CACHES):
+        if not any(argument in accepted for argument in wanted):
+            raise ValueError(
+                f"the model's forward must take {' or '.join(wanted)}; {name}'s does not"
+            )
     text = config.get_text_config(decoder=True)
     if getattr(text, "alibi", False):
         raise ValueError(f"{name} takes positions from the mask (alibi); position_ids are needed")
@@ -475,6 +479,13 @@ def _one_of(**given: Tensor | None) -> dict[str, Tensor]:
 def _takes_last(model: Any) -> bool:
     """Whether the model can leave out the logits of all but the last positions."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments of a forward pass that reads and fills a cache."""
+    accepted = inspect.signature(model.forward).parameters
+    name = next((name for name in _CACHES if name in accepted), _CACHES[-1])
+    return {name: cache, "use_cache": True}
 
 
 def _start_token(model: Any) -> int:
@@ -591,7 +602,7 @@ def _causal_step(
     only_last = {"logits_to_keep": 1} if _takes_last(model) else {}
 
     def step(level: int, parent: Tensor | None, token: Tensor | None) -> Tensor:
-        shared = {"past_key_values": cache, "use_cache": True}
+        shared = with_cache(model, cache)
         if parent is None or token is None:
             out = head.model(level)(
                 **prompt,
@@ -635,8 +646,7 @@ def _encoder_decoder_step(
     shared = {
         "encoder_outputs": encoder_outputs,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
-        "use_cache": True,
+        **with_cache(model, cache),
     }
 
     def step(level: int, parent: Tensor | None, token: Tensor | None) -> Tensor:

@@ -446,7 +446,7 @@ def _causal_logits(
     encoder_outputs: Any,
 ) -> Tensor:
     """``[B, W, V]``: the model's logits after the prompt and each prefix."""
-    from .hf import _check_filled, _one_of, _takes_last
+    from .hf import _check_filled, _one_of, _takes_last, with_cache
 
     if encoder_outputs is not None:
         raise ValueError("encoder_outputs must be None for a causal model")
@@ -464,12 +464,12 @@ def _causal_logits(
             raise ValueError("attention_mask must be 1 in its last column: pad prompts on the left")
     position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    shared = with_cache(model, cache)
     first = model(
         **given,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
+        **shared,
         **({"logits_to_keep": 1} if _takes_last(model) else {}),
     ).logits[:, -1:]
     if tree.levels == 1:
@@ -496,8 +496,7 @@ def _causal_logits(
         input_ids=nodes,
         attention_mask=mask,
         position_ids=position_ids[:, -1:] + depth,
-        past_key_values=cache,
-        use_cache=True,
+        **shared,
     ).logits
     return torch.cat([first, rest], 1)
 

@@ -118,7 +118,8 @@ def soft_assign(
         row.
 
     Raises:
-        ValueError: a shape or dtype is wrong.
+        ValueError: a shape, dtype or setting is wrong.
+        IndexError: on the CPU and not compiled, a code outside [0, K).
 
     Source: BLOGER, arXiv 2510.21242.  A composition of PyTorch's own operators: see
     docs/tokenizers.md.
@@ -127,9 +128,11 @@ def soft_assign(
     >>> [round(p, 4) for p in P.flatten().tolist()]
     [0.7311, 0.2689]
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
     x, codebooks = _codebooks(x, codebooks)
+    if not (temperature > 0 and 1 / temperature < torch.finfo(x.dtype).max):
+        raise ValueError(
+            f"temperature must be positive, and its inverse within {x.dtype}, got {temperature}"
+        )
     if codes is None:
         codes = residual_quantize(x, codebooks)[0]
     elif codes.shape != (len(x), len(codebooks)):
@@ -137,6 +140,7 @@ def soft_assign(
             f"codes must have shape [{len(x)}, {len(codebooks)}], got {list(codes.shape)}"
         )
     codes = integers("codes", codes)
+    _check_range(codes, codebooks.shape[1])
     levels = []
     # Under autocast the products would be in bfloat16, and the distances between near codewords 0.
     with torch.autocast(x.device.type, enabled=False):
@@ -148,6 +152,14 @@ def soft_assign(
     if not levels:
         return x.new_empty(len(x), 0, codebooks.shape[1])
     return torch.stack(levels, 1)
+
+
+def _check_range(codes: Tensor, K: int) -> None:
+    """Where looking at codes waits for nobody."""
+    if codes.numel() and codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = values_of(codes).aminmax()
+        if least < 0 or most >= K:
+            raise IndexError(f"codes must lie in [0, {K}), got {int(least)} to {int(most)}")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -242,13 +254,12 @@ def straight_through_embedding(
         raise ValueError(
             f"level_offsets must begin {K} rows each within the table's {len(table)}, got {starts}"
         )
-    if codes.numel() and codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = values_of(codes).aminmax()
-        if least < 0 or most >= K:
-            raise IndexError(f"codes must lie in [0, {K}), got {int(least)} to {int(most)}")
+    _check_range(codes, K)
     # Added level by level: a tensor of the starts would be a copy from the host.
     levels = [codes[:, level] + start for level, start in enumerate(starts)]
-    rows = torch.stack(levels, 1) if levels else codes
+    if not levels:
+        return table.new_empty(len(codes), 0, table.shape[1])
+    rows = torch.stack(levels, 1)
     return _StraightThrough.apply(probabilities, table, rows, starts)
 
 
@@ -335,6 +346,7 @@ def gradient_surgery(
     """
     if mode not in ("projection", "released", "none"):
         raise ValueError(f'mode must be one of "projection", "released", "none", got "{mode}"')
+    params, g_rec, g_token = list(params), list(g_rec), list(g_token)
     unmapped("gradient_surgery", *params, *g_rec, *g_token)
     shapes = [list(x.shape) for x in params]
     for name, gradients in (("g_rec", g_rec), ("g_token", g_token)):
@@ -350,11 +362,7 @@ def gradient_surgery(
     if not g:
         return []
     if mode == "projection":
-        # By unit vectors, so that no square of a small gradient vanishes.
-        lengths = [
-            length.clamp(min=torch.finfo(length.dtype).tiny) for length in torch._foreach_norm(t)
-        ]
-        directions = list(torch._foreach_div(t, lengths))
+        directions = _unit(t)
         along = [x.sum().clamp(max=0) for x in torch._foreach_mul(g, directions)]
         g = list(torch._foreach_sub(g, torch._foreach_mul(directions, along)))
     elif mode == "released":
@@ -366,6 +374,20 @@ def gradient_surgery(
     return list(torch._foreach_add(g, t, alpha=weight))
 
 
+def _unit(tensors: list[Tensor]) -> list[Tensor]:
+    """Each at length 1, whatever its scale; zeros stay."""
+    # By the largest element first: squares of what is left neither vanish nor overflow.
+    for order in (torch.inf, 2):
+        # Of no elements there is no largest.
+        some = [x if x.numel() else x.new_zeros(1) for x in tensors]
+        lengths = [
+            length.clamp(min=torch.finfo(length.dtype).tiny)
+            for length in torch._foreach_norm(some, order)
+        ]
+        tensors = list(torch._foreach_div(tensors, lengths))
+    return tensors
+
+
 # ---- collisions ----
 
 
@@ -373,8 +395,12 @@ def _checked_codes(codes: Tensor) -> Tensor:
     codes = integers("codes", codes)
     if codes.dim() != 2 or not codes.shape[1]:
         raise ValueError(f"codes must have shape [N, L], L >= 1, got {list(codes.shape)}")
-    if codes.numel() and int(codes.min()) < 0:
-        raise ValueError(f"codes must be at least 0, got {int(codes.min())}")
+    if codes.numel():
+        least, most = map(int, codes.aminmax())
+        if least < 0:
+            raise ValueError(f"codes must be at least 0, got {least}")
+        if most >= 2**62:
+            raise ValueError(f"codes must be below 2^62, got {most}")
     return codes
 
 
@@ -438,10 +464,11 @@ def resolve_collisions(
     Args:
         codes: ``[N, L]`` integers, at least 0, level-local.
         method: one of the above.
-        distances: ``[N, K]``, floating, finite: each item to the last level's codewords, for
-            example ``torch.cdist(residuals[:, -1], codebooks[-1]).square()``.  Needed by
-            ``"sinkhorn"``; without it the others keep items at random and give the lowest free
-            codes.
+        distances: ``[N, K]``, floating, finite: each item to the last level's codewords, as a
+            tokenizer's ``last_level_distances`` gives them.  (``torch.cdist`` rounds them through a
+            matrix product where there are many, unless told not to by its ``compute_mode``.)
+            Needed by ``"sinkhorn"``; without it the others keep items at random and give the lowest
+            free codes.
 
     Keyword Args:
         codebook_size: K, where there are no distances; by default one more than the largest last
@@ -497,11 +524,18 @@ def resolve_collisions(
     if method == "sinkhorn":
         if distances is None:
             raise ValueError('distances must be given for method "sinkhorn"')
+        if not distances.isfinite().all():
+            item, code = map(int, (~distances.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"distances must be finite, got {float(distances[item, code])} for item {item} and "
+                f"code {code}"
+            )
+        sinkhorn(distances.new_zeros(0, 1, dtype=torch.float32), epsilon, iterations)  # its checks
         return _spread(codes, distances.detach(), epsilon, iterations, seed)
     if method == "min_cost":
         capacity = 1
-    elif capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    elif not (isinstance(capacity, int) and capacity >= 1):
+        raise ValueError(f"capacity must be an integer of at least 1, got {capacity}")
     device, codes = codes.device, codes.cpu()
     changed = codes.clone()
     changed[:, -1] = _reassign(codes, distances, size, capacity, seed)
@@ -553,10 +587,11 @@ def _spread(codes: Tensor, distances: Tensor, epsilon: float, iterations: int, s
             within = torch.arange(members, device=codes.device)
             groups = order[starts[counts == members][:, None] + within]
             for some in groups.split(max(1, _ELEMENTS // (members * K))):
-                cost = distances[some].float()
+                cost = distances[some].double()
                 least, most = cost.amin((1, 2), keepdim=True), cost.amax((1, 2), keepdim=True)
-                scaled = (2 * cost - least - most) / (most - least).clamp(min=1e-12)
-                plan = reference.sinkhorn(scaled, epsilon, iterations)
+                spread = torch.where(most > least, most - least, 1.0)
+                scaled = (cost - least) / spread * 2 - 1
+                plan = reference.sinkhorn(scaled.float(), epsilon, iterations)
                 codes[some.flatten(), -1] = plan.argmax(-1).flatten()
     return codes
 

@@ -98,7 +98,8 @@ def gradient_surgery(
         t = torch.zeros_like(p) if t is None else t
         if mode != "none" and (a * t).sum() < 0:
             if mode == "projection":
-                a = a - (a * t).sum() / t.square().sum() * t
+                t_unit = t / t.abs().max()  # the same projection, with squares that do not vanish
+                a = a - (a * t_unit).sum() / t_unit.square().sum() * t_unit
             else:
                 rows = torch.nn.functional.normalize(t, dim=-1)
                 a = a - (a * rows).sum() * rows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genrec_ext.ops import residual_quantize, sinkhorn
 
-from .base import Tokenizer, _progress, _tensor, _vectors
+from .base import Tokenizer, _progress, _tensor, _vectors, squared_distances
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -303,7 +303,7 @@ def _assign(
     # becomes one of exactly the capacity, which Sinkhorn's columns have.
     cost = torch.zeros(max(N, K * capacity), K)
     beyond = cost[:N]
-    beyond[:] = torch.cdist(vectors, centroids).square_()
+    beyond[:] = squared_distances(vectors, centroids)
     beyond -= beyond.amin(1, keepdim=True)
     scale = float(beyond.mean(dtype=torch.float64))
     if scale:

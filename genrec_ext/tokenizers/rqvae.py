@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genrec_ext.ops import residual_quantize, sinkhorn
 
-from .base import Tokenizer, _progress, _vectors
+from .base import Tokenizer, _progress, _vectors, squared_distances
 from .residual_kmeans import ResidualKMeans
 
 _LEAST = 1e-5  # of an average codeword's load, what a codeword counts for in a moving average
@@ -196,14 +196,20 @@ class RQVAE(Tokenizer, nn.Module):
         Raises:
             ValueError: `embeddings` are not finite floats `[N, D]`.
         """
-        vectors = _vectors(embeddings)
+        # It learns wherever it is called, also where gradients are turned off.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._fit(_vectors(embeddings).clone(), progress)
+
+    def _fit(self, vectors: Tensor, progress: bool) -> RQVAE:
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self._build(vectors.shape[1])
         with torch.no_grad():
-            self.center.copy_(vectors.mean(0))
-            spread = (vectors - self.center).square().mean().sqrt()
+            # In float64, where no square is lost and the mean of equal vectors is that vector.
+            center = vectors.mean(0, dtype=torch.float64)
+            spread = (vectors - center).square_().mean().sqrt()
+            self.center.copy_(center)
             # Vectors that are all alike have no scale: they stay as they are, at zero.
             self.scale.copy_(torch.where(spread > 0, spread, 1.0))
             x = self.normalized(vectors)
@@ -250,7 +256,7 @@ class RQVAE(Tokenizer, nn.Module):
             return residual_quantize(residual, self.books)[0]
         codes = []
         for book in self.books:
-            cost = torch.cdist(residual, book).square()
+            cost = squared_distances(residual, book)
             least, most = cost.aminmax()
             scaled = (2 * cost - least - most) / (most - least).clamp(min=1e-12)
             codes.append(sinkhorn(scaled, self.epsilon, self.iterations).argmax(1))

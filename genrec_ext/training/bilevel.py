@@ -69,6 +69,14 @@ class BilevelConfig:
     sequence_weight: float = 0.1
     preference_weight: float = 0.1
 
+    def check_objective(self, objective: str) -> None:
+        """A ValueError where the order needs more derivatives than an objective of sft has."""
+        if self.order == 2 and objective in ONCE_DIFFERENTIABLE:
+            raise ValueError(
+                f"order: 2 with objective {objective!r}, which has no second derivative; "
+                "expected 0, 1 or fd"
+            )
+
     def __post_init__(self) -> None:
         for name, accepted in (("joint", JOINTS), ("order", ORDERS), ("surgery", SURGERY)):
             if getattr(self, name) not in accepted:
@@ -151,6 +159,7 @@ class BilevelTrainer(SFTTrainer):
             raise ValueError(
                 f"parallel: {processes.parallel!r} with the stage bilevel; expected ddp"
             )
+        bilevel.check_objective(config.objective)
         self.bilevel = bilevel
         super().__init__(model, train, config, seed, processes)
         if tokenizer.codebook != "gradient":
@@ -211,7 +220,7 @@ class BilevelTrainer(SFTTrainer):
             paths = self.processes.agree(paths.cpu()).to(paths)
         room = self.model.level_sizes[-1]
         if crowded(paths, room):
-            distances = torch.cdist(residuals[:, -1], self.tokenizer.books[-1]).square()
+            distances = squared_distances(residuals[:, -1], self.tokenizer.books[-1])
             paths = resolve_collisions(
                 paths, "capacity", distances.detach(), capacity=room, seed=self.seed
             )

@@ -120,12 +120,7 @@ class TrainConfig:
                 raise ValueError(
                     f"rqvae: codebook {codebook!r}; expected 'gradient' for the stage bilevel"
                 )
-            objective, order = self.sft.objective, self.bilevel.order
-            if order == 2 and objective in ONCE_DIFFERENTIABLE:
-                raise ValueError(
-                    f"order: 2 with objective {objective!r}, which has no second derivative; "
-                    "expected 0, 1 or fd"
-                )
+            self.bilevel.check_objective(self.sft.objective)
         elif self.bilevel != BilevelConfig():
             given = dataclasses.asdict(self.bilevel).items()
             changed = [name for name, value in given if value != getattr(BilevelConfig, name)]
