@@ -114,7 +114,7 @@ def meta_gradient(
     # Measured by the largest element, so that no square vanishes.  Without a direction there is no
     # second term, whatever its scale.
     some = [x for x in v if x.numel()]
-    if not some:
+    if not some or not upper:
         return direct
     largest = torch.stack(torch._foreach_norm(some, torch.inf)).max()
     largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)

@@ -131,6 +131,45 @@ def test_what_does_not_matter_gets_zeros():
             assert (found == 0).all() and found.shape == (3,)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_that_are_turned_off_are_turned_on(order):
+    toy = Toy()
+    arguments = (toy.at, toy.phi, toy.theta)
+    want = meta_gradient(*arguments, rate=0.3, order=order)
+    with torch.no_grad():
+        got = meta_gradient(*arguments, rate=0.3, order=order)
+    assert relative(got, want) == 0
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1.0, 1e15))
+def test_a_finite_difference_at_any_scale_of_the_direction(scale):
+    phi, theta = torch.tensor(0.5, requires_grad=True), torch.tensor([0.3, 0.4])
+
+    def loss(t):
+        return scale * (t[0] * phi).sum()
+
+    def inner(t):
+        return (t[0] * phi).square().sum() / 2
+
+    # theta' = theta (1 - rate phi^2), so d loss / d phi = scale sum(theta) (1 - 3 rate phi^2).
+    (got,) = meta_gradient(loss, [phi], [theta], rate=0.2, order="fd", inner=inner)
+    want = scale * 0.7 * (1 - 0.6 * 0.25)
+    assert abs(got.item() / want - 1) < 1e-3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_parameters_on_one_side(order):
+    toy = Toy()
+    theta = [torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+
+    def loss(_):
+        return toy.at(theta)
+
+    got = meta_gradient(loss, toy.phi, [], rate=0.3, order=order)
+    assert [g.shape for g in got] == [p.shape for p in toy.phi]
+    assert meta_gradient(toy.at, [], toy.theta, rate=0.3, order=order) == []
+
+
 def test_nothing_is_left_behind():
     toy = Toy()
     before = [t.clone() for t in toy.theta]
@@ -600,6 +639,12 @@ def test_a_device_that_rounds_otherwise_is_no_other_tokenizer(monkeypatch):
     assert not torch.equal(trained.paths, trained._paths()[0])
     trained._upper_update(trained._batch(np.arange(6)))
     assert torch.equal(trained.paths, trained._paths()[0])
+
+
+@pytest.mark.parametrize("objective", ("bear", "apao-pairwise"))
+def test_a_loss_that_has_one_derivative_is_refused_at_once(objective):
+    with pytest.raises(ValueError, match=f"order: 2 with objective '{objective}'"):
+        BilevelTrainer(None, [], None, None, SFTConfig(objective=objective), BilevelConfig(order=2))
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -221,6 +221,30 @@ def test_before_fitting_and_of_other_widths() -> None:
         fitted().encode(torch.zeros(2, 3))
 
 
+def test_large_vectors_have_a_scale() -> None:
+    x = clusters()
+    tokenizer, large = fitted(), RQVAE(**SMALL).fit(x * 1e17)
+    assert large.scale.isfinite() and large.decode(large.encode(x * 1e17)).isfinite().all()
+    assert abs(large.report()["explained"] - tokenizer.report()["explained"]) < 0.05
+
+
+@pytest.mark.parametrize("rows", (10, 50, 1000))
+@pytest.mark.parametrize("value", (0.1, 0.3, 7.7))
+def test_equal_vectors_have_one_code(rows: int, value: float) -> None:
+    x = torch.full((rows, 6), value)
+    tokenizer = RQVAE(**{**SMALL, "epochs": 2}).fit(x)
+    codes = tokenizer.encode(x)
+    assert len(codes.unique(dim=0)) == 1 and float(tokenizer.scale) == 1
+    assert torch.equal(tokenizer.encode(x[:1]), codes[:1])
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_it_learns_where_gradients_are_turned_off(mode) -> None:
+    with mode():
+        tokenizer = fitted()
+    assert torch.equal(tokenizer.codebooks, fitted().codebooks)
+
+
 def test_gradient_of_the_decoder_passes_the_quantization_by() -> None:
     tokenizer = fitted()
     x = tokenizer.normalized(clusters())

@@ -405,6 +405,36 @@ def test_projection_never_opposes_the_tokenizer(ours, seed, scale):
             assert ours.equal(before)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("size", (2, 1000))
+def test_projection_at_any_scale_of_the_tokenizer(ours, dtype, size):
+    g = torch.Generator().manual_seed(size)
+    a = torch.randn(size, generator=g)
+    t = torch.randn(size, generator=g) - a  # so that they disagree
+    want = a.double() - (a.double() @ t.double()) / t.double().square().sum() * t.double()
+    assert want.norm() > 0.1
+    for scale in (1e-32, 1e-24, 1e-20, 1.0, 1e20, 1e34):
+        there = (t.double() * scale).to(dtype)
+        (got,) = ours.gradient_surgery([a], [a.to(dtype)], [there], 0.0)
+        assert (got.double() - want).norm() < 4 * torch.finfo(dtype).eps * size**0.5 * want.norm()
+    for nothing in (torch.zeros(size, dtype=dtype), None):
+        (got,) = ours.gradient_surgery([a.to(dtype)], [a.to(dtype)], [nothing], 0.5)
+        assert torch.equal(got, a.to(dtype))
+
+
+def test_surgery_of_no_elements_and_of_a_generator(ours):
+    layer = torch.nn.Linear(3, 2)
+    gradients = [-torch.ones_like(p) for p in layer.parameters()]
+    for p, got in zip(
+        layer.parameters(),
+        ours.gradient_surgery(layer.parameters(), iter(gradients), iter(gradients), 1.0),
+        strict=True,
+    ):
+        assert torch.equal(got, torch.full_like(p, -2.0))
+    (got,) = ours.gradient_surgery([torch.zeros(0, 3)], [torch.zeros(0, 3)], [None], 1.0)
+    assert got.shape == (0, 3)
+
+
 def test_released_mode_takes_away_too_much_of_a_matrix(ours):
     g = torch.Generator().manual_seed(0)
     t = torch.randn(256, 32, generator=g)
@@ -511,6 +541,36 @@ def test_sinkhorn_spreads_what_a_codeword_holds(ours):
     assert ours.sid_report(after)["collision_rate"] < 0.6 * before
 
 
+def test_sinkhorn_against_collisions_checks_what_it_is_given(ours):
+    codes, distances = torch.tensor([[0, 0], [0, 0], [1, 0]]), torch.rand(3, 8)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = distances.clone()
+        bad[1, 4] = value
+        with pytest.raises(ValueError, match=f"finite, got {value} for item 1 and code 4"):
+            ours.resolve_collisions(codes, "sinkhorn", bad)
+    for changes in ({"epsilon": 0.0}, {"iterations": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            ours.resolve_collisions(codes, "sinkhorn", distances, **changes)
+    with pytest.raises(ValueError, match="capacity must be an integer"):
+        ours.resolve_collisions(codes, "capacity", capacity=1.5)
+    told_apart = ours.resolve_collisions(codes, "sinkhorn", distances)
+    for scale in (1e-30, 1e300):  # beyond float32, and where differences are tiny
+        scaled = distances.double() * scale
+        assert torch.equal(ours.resolve_collisions(codes, "sinkhorn", scaled), told_apart)
+    assert len(torch.unique(told_apart, dim=0)) == 3
+
+
+def test_codes_may_be_as_large_as_they_like(ours):
+    large = 2**61
+    codes = torch.tensor([[0, large], [0, large], [0, large], [0, 1], [0, 0], [1, 5]])
+    got = ours.resolve_collisions(codes, "min_cost")
+    assert torch.equal(got[3:], codes[3:])
+    assert sorted(got[:3, 1].tolist()) == [2, 3, large]
+    assert ours.sid_report(codes)["codes_used"] == [2, 4]
+    with pytest.raises(ValueError, match=r"codes must be below 2\^62"):
+        ours.resolve_collisions(torch.tensor([[2**62]]), "suffix")
+
+
 def test_items_that_stay_do_not_follow_ids(ours):
     codes = torch.zeros(400, 2, dtype=torch.int64)
     suffix = ours.resolve_collisions(codes)[:, -1].double()
@@ -598,6 +658,22 @@ def test_errors_name_the_argument(text, name, arguments):
     }
     with pytest.raises(ValueError, match=text):
         functions[name](*arguments)
+
+
+def test_assignments_given_are_looked_at_and_no_levels_are_no_trouble():
+    x, books = torch.randn(3, 2), torch.randn(2, 4, 2)
+    for bad in (-1, 4):
+        for level in range(2):
+            codes = torch.zeros(3, 2, dtype=torch.int64)
+            codes[1, level] = bad
+            with pytest.raises(IndexError, match=r"codes must lie in \[0, 4\)"):
+                genrec_ext.soft_assign(x, books, 1.0, codes=codes)
+    with pytest.raises(ValueError, match="temperature must be at least"):
+        genrec_ext.soft_assign(x, books, 1e-40)
+    table = torch.randn(4, 5, requires_grad=True)
+    P = torch.zeros(3, 0, 4, requires_grad=True)
+    value = genrec_ext.straight_through_embedding(torch.zeros(3, 0).long(), P, table, [])
+    assert value.shape == (3, 0, 5)
 
 
 def test_codes_outside_their_block_are_index_errors():

@@ -152,7 +152,7 @@ def test_argument_errors() -> None:
     tokenizer = ResidualKMeans(2, 4).fit(cloud())
     with pytest.raises(ValueError, match="5 dimensions; expected 6, as fitted"):
         tokenizer.encode(cloud(columns=5))
-    with pytest.raises(ValueError, match=r"\[1, 3\]; expected int64 \[N, 2\]"):
+    with pytest.raises(ValueError, match=r"\[1, 3\]; expected integers \[N, 2\]"):
         tokenizer.decode(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="from 0 to 4; expected 0 to 3"):
         tokenizer.decode(torch.tensor([[0, 4]]))
@@ -486,6 +486,37 @@ def test_slack_costs_less() -> None:
         for slack in (1.0, 1.5, 3.0)
     ]
     assert all(later > earlier + 0.01 for earlier, later in pairwise(explained))
+
+
+def test_where_the_vectors_lie_does_not_matter() -> None:
+    """A matrix product in float32 has no digits left of distances so far from 0."""
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    here = BalancedResidualKMeans(2, 16).fit(x).report()["explained_by_level"]
+    for offset in (torch.full((64,), 1000.0), torch.eye(64)[0] * 20_000):
+        there = BalancedResidualKMeans(2, 16).fit(x + offset).report()["explained_by_level"]
+        for a, b in zip(here, there, strict=True):
+            assert abs(a - b) < 0.02
+
+
+def test_distances_far_from_the_origin_agree_with_encode() -> None:
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0)) + 1000
+    tokenizer = ResidualKMeans(2, 64).fit(x)
+    codes = tokenizer.encode(x)
+    distances = tokenizer.last_level_distances(x, codes)
+    assert torch.equal(distances.argmin(1), codes[:, -1])
+    left = x.double() - tokenizer.codebooks[0][codes[:, 0]].double()
+    want = (left[:, None] - tokenizer.codebooks[1].double()).square().sum(2)
+    torch.testing.assert_close(distances.double(), want, rtol=1e-6, atol=0)
+
+
+def test_codes_of_any_integer_type_are_decoded() -> None:
+    x = cloud()
+    tokenizer = ResidualKMeans(2, 8).fit(x)
+    codes = tokenizer.encode(x)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
+    with pytest.raises(ValueError, match="expected integers"):
+        tokenizer.decode(codes.float())
 
 
 @pytest.mark.parametrize(("columns", "slack"), [(6, 1.0), (6, 1.5), (1, 1.0)])

@@ -129,10 +129,11 @@ def soft_assign(
     [0.7311, 0.2689]
     """
     x, codebooks = _codebooks(x, codebooks)
-    if not (temperature > 0 and 1 / temperature < torch.finfo(x.dtype).max):
-        raise ValueError(
-            f"temperature must be positive, and its inverse within {x.dtype}, got {temperature}"
-        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    least = torch.finfo(x.dtype).tiny
+    if temperature < least:
+        raise ValueError(f"temperature must be at least {least} in {x.dtype}, got {temperature}")
     if codes is None:
         codes = residual_quantize(x, codebooks)[0]
     elif codes.shape != (len(x), len(codebooks)):

@@ -21,9 +21,11 @@ from ..bilevel import ORDERS, Order, gradients, meta_gradient
 from ..models import CompactRecommender, SoftCodes
 from ..ops import gradient_surgery, residual_quantize, resolve_collisions, sid_report, soft_assign
 from ..tokenizers import RQVAE
+from ..tokenizers.base import squared_distances
 from .alignment import Alignment
 from .distributed import ALONE, Processes
 from .identifiers import crowded, next_ids
+from .objective import ONCE_DIFFERENTIABLE
 from .sft import Batch, NonFiniteLossError, SequenceLoss, SFTConfig, SFTTrainer
 
 JOINTS = ("bilevel", "alternating", "simultaneous")

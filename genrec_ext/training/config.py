@@ -12,7 +12,7 @@ from ..models import CompactConfig
 from ..tokenizers import RQVAE
 from .bilevel import BilevelConfig
 from .distributed import PARALLEL
-from .objective import ONCE_DIFFERENTIABLE, SOFTMAX
+from .objective import SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
 from .tracking import TRACKERS
