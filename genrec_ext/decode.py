@@ -113,6 +113,7 @@ def _filter(trie: Trie, users: int, forbidden: Tensor | ItemFilter | None) -> It
             raise ValueError(f"forbidden must be a filter for {users} users, got {forbidden.users}")
         return forbidden
     N = trie.num_items
+    forbidden = torch.as_tensor(forbidden, device=trie.device)
     if forbidden.dtype != torch.bool or forbidden.dim() not in (1, 2):
         raise ValueError(
             f"forbidden must be bool [num_items] or [U, num_items], got {forbidden.dtype} "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .trie import Trie
+from .trie import Trie, names_of
 
 
 class Version(NamedTuple):
@@ -144,7 +144,7 @@ class LiveTrie:
                 raise ValueError("item_ids cannot be used: the catalogue has no names")
             self._index = _table(names, 0, {})
         try:
-            return np.array([self._index[name] for name in item_ids], dtype=np.int64)
+            return np.array([self._index[name] for name in names_of(item_ids)], dtype=np.int64)
         except KeyError as error:
             raise ValueError(f"item_ids must name items, but {error.args[0]!r} is none's") from None
 

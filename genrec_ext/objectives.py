@@ -76,7 +76,10 @@ class AdaptivePrefixWeights(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptivePrefixWeights:
         held = self.log_weights
         super()._apply(fn, recurse)
-        self.log_weights = held.to(self.log_weights.device)
+        if held.is_meta:  # has no values to keep
+            self.log_weights = self.log_weights.to(held.dtype)
+        else:
+            self.log_weights = held.to(self.log_weights.device)
         return self
 
     @property
@@ -128,6 +131,18 @@ class AdaptivePrefixWeights(nn.Module):
         return f"levels={self.levels}, eta={self.eta}, variant={self.variant!r}"
 
 
+def _check(**settings: float) -> None:
+    for name, value in settings.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 class PrefixLoss(nn.Module):
     """APAO's pointwise loss with adaptive weights: :func:`genrec_ext.prefix_loss` as a module.
 
@@ -158,6 +173,8 @@ class PrefixLoss(nn.Module):
         ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        _check(beta=beta, ce_weight=ce_weight)
+        _check_positive(temperature=temperature, prefix_temperature=prefix_temperature)
         self.adaptive = AdaptivePrefixWeights(levels, eta, variant)
         self.beta, self.temperature = beta, temperature
         self.prefix_temperature, self.ce_weight = prefix_temperature, ce_weight
@@ -215,6 +232,8 @@ class PrefixPairwiseLoss(nn.Module):
         ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        _check(beta=beta, ce_weight=ce_weight)
+        _check_positive(prefix_temperature=prefix_temperature)
         self.adaptive = AdaptivePrefixWeights(levels, eta, variant)
         self.beta, self.prefix_temperature, self.ce_weight = beta, prefix_temperature, ce_weight
 
@@ -260,6 +279,11 @@ class BeamAwareLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        if beam_width < 1:
+            raise ValueError(f"beam_width must be at least 1, got {beam_width}")
+        if not weight >= 0:
+            raise ValueError(f"weight must be at least 0, got {weight}")
+        _check_positive(scale=scale, temperature=temperature)
         self.beam_width, self.weight = beam_width, weight
         self.scale, self.temperature = scale, temperature
 

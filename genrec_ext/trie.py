@@ -13,7 +13,7 @@ import copy
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 from .data.readers import read_index
 from .data.tables import read_parquet_codes
+from .ops._shared import integers as integer_tensor
 from .ops._shared import unmapped, values_of
 from .tensor_file import read_tensors, write_tensors
 
@@ -231,14 +232,21 @@ class Trie:
         """
         if isinstance(codes, Tensor):
             codes = codes.detach().cpu().numpy()
-        array = np.asarray(codes)
+        try:
+            array = np.asarray(codes)
+        except ValueError:
+            raise ValueError(
+                "codes must have as many codes for every item; pad shorter items, or see "
+                "genrec_ext.integrations.hf.title_trie"
+            ) from None
         if array.ndim != 2 or array.shape[1] == 0:
             raise ValueError(f"codes must have shape [N, L] with L >= 1, got {list(array.shape)}")
         if array.dtype.kind not in "iu":
             raise ValueError(f"codes must be integers, got {array.dtype}")
         N, L = array.shape
-        if item_ids is not None and len(item_ids) != N:
-            raise ValueError(f"item_ids must name {N} items, got {len(item_ids)}")
+        names = None if item_ids is None else names_of(item_ids)
+        if names is not None and len(names) != N:
+            raise ValueError(f"item_ids must name {N} items, got {len(names)}")
         offsets, ends = column_bounds(L, level_offsets, level_sizes)
         if array.dtype == np.uint64:
             array = np.minimum(array, np.uint64(2**63 - 1))
@@ -251,9 +259,7 @@ class Trie:
             threads_for(N),
         )
         arrays = (first_child, columns, items, repeats)
-        return cls._of(
-            arrays, level_offsets, level_sizes, None if item_ids is None else list(item_ids)
-        )
+        return cls._of(arrays, level_offsets, level_sizes, names)
 
     @classmethod
     def _of(
@@ -492,7 +498,7 @@ class Trie:
             raise ValueError(f"nodes must have shape [N, T] with T <= {self.levels}, got {shape}")
         begin, end = [], []
         for level in range(nodes.shape[1]):
-            at = nodes[:, level].long()
+            at = integer_tensor("nodes", nodes[:, level])
             bad = (at < -1) | (at >= self.num_nodes(level))
             if at.device.type != "cpu" or torch.compiler.is_compiling():
                 at = at.masked_fill(bad, -1)  # looking would wait for the device
@@ -522,6 +528,7 @@ class Trie:
         Returns:
             ``[N, L]`` int64: column 0 is the root; from a code that no item has on, -1.
         """
+        codes = integer_tensor("codes", torch.as_tensor(codes, device=self.device))
         if codes.dim() != 2 or codes.shape[1] > self.levels:
             raise ValueError(
                 f"codes must have shape [N, L] with L <= {self.levels}, got {list(codes.shape)}"
@@ -601,7 +608,7 @@ class Trie:
         """
         first, labels = self.first_child(level), self.labels(level)
         offset = 0 if self.level_offsets is None else self.level_offsets[level]
-        column = codes.long() + offset
+        nodes, column = integer_tensor("nodes", nodes), integer_tensor("codes", codes) + offset
         if not len(labels):
             return torch.full_like(nodes, -1)
         live = nodes.long().clamp(0, len(first) - 2)
@@ -636,6 +643,7 @@ class Trie:
         (tensor([1, 1, 2]), tensor([0, 1, 1, 3]))
         """
         unmapped("trie_allowed", nodes)
+        nodes = integer_tensor("nodes", nodes)
         if nodes.dim() != 1:
             raise ValueError(f"nodes must have shape [N], got {list(nodes.shape)}")
         outside = (nodes < -1) | (nodes >= self.num_nodes(level))
@@ -663,6 +671,7 @@ class Trie:
     def items_of(self, leaf: int) -> Tensor:
         """The available items at a leaf, ascending, as indices into the codes the trie was built
         from; without what was taken away, all of them."""
+        leaf = int(leaf)
         if not 0 <= leaf < self.num_nodes(self.levels):
             raise IndexError(f"leaf must lie in [0, {self.num_nodes(self.levels)}), got {leaf}")
         at = self._repeats.new_tensor(leaf)
@@ -1036,6 +1045,11 @@ def integers(name: str, values: Any, dims: int) -> np.ndarray:
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(2**63 - 1))
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def names_of(item_ids: Iterable[Any]) -> list[Any]:
+    """Items' names; those of a tensor as numbers, by which they can be looked up."""
+    return item_ids.tolist() if isinstance(item_ids, Tensor) else list(item_ids)
 
 
 def item_indices(name: str, values: Any, N: int) -> np.ndarray:

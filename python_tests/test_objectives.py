@@ -1,11 +1,13 @@
 """Objectives as modules: adaptive weights by their formulas, and what the modules make of them."""
 
+import math
+
 import pytest
 import torch
 from torch import multiprocessing
 
 import genrec_ext
-from genrec_ext import AdaptivePrefixWeights, PrefixLoss, PrefixPairwiseLoss
+from genrec_ext import AdaptivePrefixWeights, BeamAwareLoss, PrefixLoss, PrefixPairwiseLoss
 
 
 def updates(variant, losses, eta):
@@ -181,3 +183,29 @@ def test_errors_name_the_argument(text, arguments):
         AdaptivePrefixWeights(*arguments)
     with pytest.raises(ValueError, match=r"per_level must have shape \[2\], got \[3\]"):
         AdaptivePrefixWeights(2, 0.1)(torch.ones(3))
+
+
+@pytest.mark.parametrize("module", (PrefixLoss, PrefixPairwiseLoss))
+def test_modules_may_begin_without_memory(module):
+    with torch.device("meta"):
+        empty = module(3, 0.5)
+    there = empty.to_empty(device="cpu")
+    there.load_state_dict(module(3, 0.5).state_dict())
+    assert there.adaptive.log_weights.dtype == torch.float64
+    assert torch.equal(there.adaptive.weights, module(3, 0.5).adaptive.weights)
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    (
+        (lambda: BeamAwareLoss(0), "beam_width must be at least 1, got 0"),
+        (lambda: BeamAwareLoss(2, scale=0.0), "scale must be positive and finite, got 0.0"),
+        (lambda: BeamAwareLoss(2, weight=-1.0), "weight must be at least 0, got -1.0"),
+        (lambda: PrefixLoss(3, math.nan), "beta must be finite, got nan"),
+        (lambda: PrefixLoss(3, 1.0, temperature=-1.0), "temperature must be positive"),
+        (lambda: PrefixPairwiseLoss(3, 1.0, prefix_temperature=0.0), "prefix_temperature must be"),
+    ),
+)
+def test_settings_are_checked_at_once(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

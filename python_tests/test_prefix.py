@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import genrec_ext
 from genrec_ext import Trie, reference
 
 
@@ -603,3 +604,22 @@ def test_pairwise_errors_name_the_argument(ours, text, change):
     arguments = {**dict(zip(names, pairwise_case(0))), **change}
     with pytest.raises(ValueError, match=text):
         ours.prefix_pairwise_loss(**arguments)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("reduction, shape", (("none", (0,)), ("sum", ()), ("mean", ())))
+def test_no_users(dtype, reduction, shape):
+    logits = torch.zeros(0, 3, 5, dtype=dtype, requires_grad=True)
+    tokens, weights = torch.zeros(0, 3, dtype=torch.int64), torch.ones(2)
+    loss, per_level = genrec_ext.prefix_loss(logits, tokens, weights, 0.5, reduction=reduction)
+    assert loss.shape == shape and (loss == 0).all() and per_level.tolist() == [0, 0]
+    loss.sum().backward()
+    assert logits.grad.shape == (0, 3, 5)
+
+
+def test_nodes_that_do_not_fit_are_named():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    with pytest.raises(ValueError, match=r"nodes must have shape \[1, 2\].*got \[1, 1\]"):
+        genrec_ext.masked_softmax_loss(
+            torch.zeros(1, 2, 5), torch.zeros(1, 2).long(), trie, torch.zeros(1, 1).long()
+        )

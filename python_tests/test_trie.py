@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+import genrec_ext
 from genrec_ext import _C, Trie, reference, trie_allowed
 
 
@@ -619,3 +621,71 @@ def test_a_node_that_is_none_of_the_level_has_no_child():
     nodes, codes = torch.tensor([0, 1, 2, -1, -(2**40), 2**40]), torch.tensor([2, 1, 1, 1, 1, 1])
     assert trie.child(1, nodes, codes).tolist() == [1, 2, -1, -1, -1, -1]
     assert trie.child(1, nodes[:0], codes[:0]).tolist() == []
+
+
+def test_fractions_and_truths_are_no_codes():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    for values in (torch.tensor([[0.9, 1.9]]), torch.tensor([[False, True]])):
+        with pytest.raises(ValueError, match="codes must be integers"):
+            trie.nodes_of(values)
+        with pytest.raises(ValueError, match="nodes must be integers"):
+            trie.support(values)
+        with pytest.raises(ValueError, match="nodes must be integers"):
+            trie.allowed(1, values[0])
+        with pytest.raises(ValueError, match="nodes must be integers"):
+            trie.child(0, values[0], torch.zeros(2, dtype=torch.int64))
+    want = trie.nodes_of(torch.tensor([[0, 2], [3, 1]]))
+    for codes in (
+        [[0, 2], [3, 1]],
+        np.array([[0, 2], [3, 1]]),
+        torch.tensor([[0, 2], [3, 1]]).int(),
+    ):
+        assert torch.equal(trie.nodes_of(codes), want)
+
+
+def test_items_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="as many codes for every item"):
+        Trie.from_items([[0, 1], [2]])
+
+
+def test_names_and_leaves_of_tensors(tmp_path):
+    trie = Trie.from_items([[0, 1], [1, 1], [0, 1]], item_ids=torch.tensor([7, 9, 4]))
+    assert trie.item_ids == [7, 9, 4]
+    trie.save(tmp_path / "trie")
+    assert Trie.load(tmp_path / "trie").item_ids == [7, 9, 4]
+    live = genrec_ext.LiveTrie(trie)
+    live.remove(item_ids=torch.tensor([9]))
+    assert live.current.availability().tolist() == [True, False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trie.items_of(torch.tensor(0)).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("like", (torch.tensor, np.array, list))
+def test_forbidden_in_any_form(like):
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    found = genrec_ext.beam_search(
+        lambda level, parent, token: torch.zeros(2 if parent is None else 4, 5),
+        trie, 2, users=2, forbidden=like([True, False, False]),
+    )  # fmt: skip
+    assert found.items.tolist() == [[1, 2]] * 2
+    zeros = torch.zeros(1, 1)
+    _, _, token, _ = genrec_ext.trie_beam_step(
+        torch.zeros(1, 5), zeros, zeros.long(), trie, 0, 2, forbidden=like([True, False])
+    )
+    assert token.tolist() == [[3, -1]]
+
+
+def test_seeds_of_any_integer_type():
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+
+    def drawn(seed):
+        return genrec_ext.sample_items(
+            lambda level, parent, token: torch.zeros(1 if parent is None else 3, 5),
+            trie, 3, users=1, seed=seed,
+        ).items.tolist()  # fmt: skip
+
+    assert drawn(torch.tensor(3)) == drawn(np.int32(3)) == drawn(3)
+    assert drawn(np.uint64(2**63 + 1)) == drawn(2**63 + 1) == drawn(1 - 2**63)
+    with pytest.raises(TypeError):
+        drawn(1.5)

@@ -298,7 +298,7 @@ void finish(const FinishArgs& a) {
           static_cast<S>(-before / static_cast<double>(a.N > 0 ? a.N : 1) /
                          ((t + 1) * a.factors.prefix_temperature));
   }
-  if (a.losses == nullptr) *static_cast<S*>(a.total) = static_cast<S>(total * a.scale / choices);
+  if (a.total != nullptr) *static_cast<S*>(a.total) = static_cast<S>(total * a.scale / choices);
 }
 
 // ---- pairwise ----

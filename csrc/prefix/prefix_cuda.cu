@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) finish_rows(FinishArgs a) {
           static_cast<S>(-before / static_cast<double>(a.N > 0 ? a.N : 1) /
                          ((t + 1) * a.factors.prefix_temperature));
   }
-  if (a.losses == nullptr && threadIdx.x == 0)
+  if (a.total != nullptr && threadIdx.x == 0)
     *static_cast<S*>(a.total) = static_cast<S>(total * a.scale / choices);
 }
 

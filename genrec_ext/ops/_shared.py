@@ -75,6 +75,11 @@ def support_arguments(
     if ranges is not None:
         ranges = integers("ranges", torch.as_tensor(ranges, device=logits.device))
     if trie is not None:
+        if nodes is not None and nodes.dim() == 2 and nodes.shape != logits.shape[:2]:
+            raise ValueError(
+                f"nodes must have shape {list(logits.shape[:2])}, one a row of logits, got "
+                f"{list(nodes.shape)}"
+            )
         columns = trie.support(nodes)
     lists = (None, None, None) if columns is None else columns
     return dict(zip(SUPPORT, (ranges, *lists), strict=True))

@@ -5,6 +5,7 @@ Completes the schema of ``csrc/schema.cpp``; the kernels are in ``csrc/trie``.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,8 @@ def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> di
     if forbidden is None:
         closed = trie.closed(level)
         return {} if closed is None else {"closed": closed}
-    if isinstance(forbidden, Tensor):
+    if not hasattr(forbidden, "trie"):
+        forbidden = torch.as_tensor(forbidden, device=trie.device)
         return {"forbidden": forbidden, "closed": trie.closed(level)}
     if forbidden.trie is not trie.version:
         raise ValueError("forbidden must be a filter of this version of the trie")
@@ -183,6 +185,7 @@ def trie_allowed(nodes: Tensor, trie: Trie, level: int) -> tuple[Tensor, Tensor]
 
 def _signed(seed: int) -> int:
     """A seed's 64 bits as the signed integer that operators take."""
+    seed = operator.index(seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
     return seed - 2**64 if seed >= 2**63 else seed
