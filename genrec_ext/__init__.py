@@ -41,6 +41,7 @@ from .ops import (
     trie_beam_step,
     trie_sample_step,
 )
+from .tokenizers.residual_kmeans import balanced_kmeans, residual_kmeans
 from .trie import Trie
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "SampleResult",
     "Trie",
     "__version__",
+    "balanced_kmeans",
     "beam_aware_loss",
     "beam_search",
     "context_logps",
@@ -72,6 +74,7 @@ __all__ = [
     "prefix_loss_from_logps",
     "prefix_pairwise_loss",
     "prefix_pairwise_loss_from_logps",
+    "residual_kmeans",
     "residual_quantize",
     "resolve_collisions",
     "sage_loss",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import genrec_ext
 from genrec_ext import Trie, sid_report
 from genrec_ext.data import Interactions, generate, leave_one_out
 from genrec_ext.tensor_file import read_tensors, write_tensors
@@ -700,3 +701,25 @@ def test_tokenize_without_scikit_learn_warns(
     with pytest.warns(UserWarning, match=r"scikit-learn is missing.*pip install genrec-ext"):
         codes = tokenize(data, split)
     assert (codes == tokenize(dataclasses.replace(data, texts=None), split)).all()
+
+
+def test_functions_give_what_the_tokenizers_learn() -> None:
+    x = cloud()
+    books, codes = genrec_ext.residual_kmeans(x, 3, 16, seed=4)
+    tokenizer = ResidualKMeans(3, 16, seed=4).fit(x)
+    assert torch.equal(books, tokenizer.codebooks) and torch.equal(codes, tokenizer.fitted_codes)
+    assert torch.equal(codes, genrec_ext.residual_quantize(x, books)[0])
+
+    centroids, code = genrec_ext.balanced_kmeans(x, 16, seed=4)
+    balanced = BalancedResidualKMeans(1, 16, seed=4).fit(x)
+    assert torch.equal(centroids, balanced.codebooks[0])
+    assert torch.equal(code, balanced.fitted_codes[:, 0])
+    for capacity in (25, 30, 399, 400):
+        centroids, code = genrec_ext.balanced_kmeans(x, 16, capacity=capacity)
+        counts = torch.bincount(code, minlength=16)
+        assert int(counts.max()) <= capacity and len(code) == 400
+    assert torch.equal(code, genrec_ext.residual_kmeans(x, 1, 16)[1][:, 0])
+    with pytest.raises(ValueError, match="capacity must be at least 25"):
+        genrec_ext.balanced_kmeans(x, 16, capacity=24)
+    with pytest.raises(ValueError, match="codebook_size: 0"):
+        genrec_ext.balanced_kmeans(x, 0)

@@ -6,7 +6,7 @@ Completes the schema of ``csrc/schema.cpp``; the kernels are in ``csrc/trie``.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -29,16 +29,17 @@ def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> di
         closed = trie.closed(level)
         return {} if closed is None else {"closed": closed}
     if not hasattr(forbidden, "trie"):
-        forbidden = torch.as_tensor(forbidden, device=trie.device)
-        return {"forbidden": forbidden, "closed": trie.closed(level)}
-    if forbidden.trie is not trie.version:
+        mask = torch.as_tensor(forbidden, device=trie.device)
+        return {"forbidden": mask, "closed": trie.closed(level)}
+    request = cast("ItemFilter", forbidden)
+    if request.trie is not trie.version:
         raise ValueError("forbidden must be a filter of this version of the trie")
-    closed = forbidden.closed[level]
+    closed = request.closed[level]
     return {
         "closed": closed,
-        "closed_row": None if closed is None else forbidden.closed_row,
-        "taken": None if forbidden.taken is None else forbidden.taken[level],
-        "taken_begin": None if forbidden.taken_begin is None else forbidden.taken_begin[level],
+        "closed_row": None if closed is None else request.closed_row,
+        "taken": None if request.taken is None else request.taken[level],
+        "taken_begin": None if request.taken_begin is None else request.taken_begin[level],
     }
 
 

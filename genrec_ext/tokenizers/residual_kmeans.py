@@ -204,28 +204,124 @@ class BalancedResidualKMeans(ResidualKMeans):
     def _level(
         self, vectors: Tensor, generator: torch.Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
-        centroids, nearest = super()._level(vectors, generator, advance)
+        start = super()._level(vectors, generator, advance)
         capacity = self.capacity(len(vectors))
-        if int(torch.bincount(nearest).max()) <= capacity:
-            advance(self.iterations)
-            return centroids, nearest
-        best, kept = math.inf, (centroids, nearest)
-        for done in range(self.iterations):
-            code = _assign(vectors, centroids, capacity, generator)
-            centroids = _means(vectors, code, centroids)
-            cost = float((vectors - centroids[code]).double().square().sum())
-            if cost < best:
-                kept = centroids, code
-            advance(1)
-            if cost >= _FALL * best:
-                advance(self.iterations - done - 1)
-                break
-            best = cost
-        return kept
+        return _balanced(vectors, *start, capacity, self.iterations, generator, advance)
+
+
+# ---- the same as functions, for who wants no tokenizer ----
+
+
+def residual_kmeans(
+    x: Tensor, levels: int, codebook_size: int, *, iterations: int = 25, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Codebooks by k-means over k-means' residuals: what :class:`ResidualKMeans` learns.
+
+    Args:
+        x: ``[N, D]``, floating and finite, N of 1 or more; computed in float32 on the host.
+        levels: L.
+        codebook_size: K.
+
+    Keyword Args:
+        iterations: most Lloyd steps a level.
+        seed: of the choice of first centroids.
+
+    Returns:
+        ``(codebooks [L, K, D] float32, codes [N, L] int64)``, the codes those of
+        :func:`residual_quantize`.
+
+    Raises:
+        ValueError: a shape, dtype or setting is wrong.
+
+    Source: Juang and Gray (1982); first centroids by k-means++ (Arthur and Vassilvitskii, 2007).
+
+    >>> books, codes = residual_kmeans(torch.tensor([[0.0], [1.0], [8.0], [9.0]]), 2, 2)
+    >>> sorted(books[0].flatten().tolist()), sorted(books[1].flatten().tolist())
+    ([0.5, 8.5], [-0.5, 0.5])
+    """
+    tokenizer = ResidualKMeans(levels, codebook_size, seed, iterations).fit(x)
+    return tokenizer.codebooks, tokenizer.fitted_codes
+
+
+def balanced_kmeans(
+    x: Tensor,
+    codebook_size: int,
+    *,
+    capacity: int | None = None,
+    iterations: int = 25,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """k-means where no centroid has more than ``capacity`` vectors.
+
+    One level of :class:`BalancedResidualKMeans`, which says how and has the sources.
+
+    Args:
+        x: ``[N, D]``, floating and finite, N of 1 or more; computed in float32 on the host.
+        codebook_size: K.
+
+    Keyword Args:
+        capacity: most vectors of one centroid; by default ``ceil(N / K)``, the least there can be.
+        iterations: most steps, of k-means and of its balanced form each.
+        seed: of the choice of first centroids, and of the order of equal vectors.
+
+    Returns:
+        ``(centroids [K, D] float32, codes [N] int64)``.
+
+    Raises:
+        ValueError: a shape, dtype or setting is wrong, or there is no room for all vectors.
+
+    >>> centroids, codes = balanced_kmeans(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 2)
+    >>> torch.bincount(codes).tolist()
+    [2, 2]
+    """
+    vectors = _vectors(x)
+    start = ResidualKMeans(1, codebook_size, seed, iterations)  # its checks
+    least = -(-len(vectors) // codebook_size)
+    capacity = least if capacity is None else capacity
+    if capacity < least:
+        raise ValueError(
+            f"capacity must be at least {least}, as {codebook_size} centroids take "
+            f"{len(vectors)} vectors, got {capacity}"
+        )
+    generator = torch.Generator().manual_seed(start.seed)
+    centroids, codes = _kmeans(vectors, codebook_size, iterations, generator, _silent)
+    return _balanced(vectors, centroids, codes, capacity, iterations, generator, _silent)
+
+
+def _silent(steps: int) -> None:
+    """No bar is shown."""
 
 
 # A balanced step that lowers squared distances by less than a hundredth is the last.
 _FALL = 0.99
+
+
+def _balanced(
+    vectors: Tensor,
+    centroids: Tensor,
+    nearest: Tensor,
+    capacity: int,
+    iterations: int,
+    generator: torch.Generator,
+    advance: Advance,
+) -> tuple[Tensor, Tensor]:
+    """k-means' centroids, and which of them each vector gets, under a capacity."""
+    if int(torch.bincount(nearest).max()) <= capacity:
+        advance(iterations)
+        return centroids, nearest
+    best, kept = math.inf, (centroids, nearest)
+    for done in range(iterations):
+        code = _assign(vectors, centroids, capacity, generator)
+        centroids = _means(vectors, code, centroids)
+        cost = float((vectors - centroids[code]).double().square().sum())
+        if cost < best:
+            kept = centroids, code
+        advance(1)
+        if cost >= _FALL * best:
+            advance(iterations - done - 1)
+            break
+        best = cost
+    return kept
 
 
 def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ class BilevelConfig:
     sequence_weight: float = 0.1
     preference_weight: float = 0.1
 
-    def check_objective(self, objective: str) -> None:
+    def check_objective(self, objective: str | None) -> None:
         """A ValueError where the order needs more derivatives than an objective of sft has."""
         if self.order == 2 and objective in ONCE_DIFFERENTIABLE:
             raise ValueError(
