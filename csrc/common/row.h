@@ -41,13 +41,14 @@ struct RunningSum {
   bool poisoned = false;
 };
 
-// Asks for the memory of rows of n columns that are read one after the other, each `step`
-// elements after the one before.  In two strides, into the second-level cache and from there
+// Asks for the memory of rows of n columns that are read one after the other, the next one `step`
+// elements after this one, and all of them where they are `even`.  In two strides, into the second-level cache and from there
 // into the first: the first alone cannot have enough lines on their way.
 template <class T>
 class Ahead {
  public:
-  Ahead(const T* x, int64_t n, int64_t step) : far_(x, n, step, 12288), near_(x, n, step, 4096) {}
+  Ahead(const T* x, int64_t n, int64_t step, bool even)
+      : far_(x, n, step, even, 12288), near_(x, n, step, even, 4096) {}
 
   // What comes after elements [i, i + count) of this row.
   GENREC_INLINE_MEMBER void ask(int64_t i, int64_t count) const {
@@ -59,8 +60,10 @@ class Ahead {
 
  private:
   struct Place {
-    Place(const T* x, int64_t n, int64_t step, int64_t bytes) {
-      const int64_t distance = bytes / static_cast<int64_t>(sizeof(T)), rows = distance / n;
+    Place(const T* x, int64_t n, int64_t step, bool even, int64_t bytes) {
+      // Beyond the next row nobody has said where uneven ones lie.
+      const int64_t wanted = bytes / static_cast<int64_t>(sizeof(T));
+      const int64_t distance = even || wanted < n ? wanted : n, rows = distance / n;
       here = x + distance + rows * (step - n);
       next = here + (step - n);
       turn = (rows + 1) * n - distance;
@@ -156,7 +159,8 @@ struct RowView {
   const T* x;
   const int32_t* columns;
   int64_t n;
-  int64_t step;  // from here to the row that is read next, most often
+  int64_t step;      // from here to the row that is read next, most often
+  bool even = true;  // whether that is as far as from there to the one after it
 };
 
 template <class T>
@@ -171,7 +175,7 @@ static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temper
   if (row.n == 0) return empty_row<float>();
   float scratch[kBlock];
   RunningSum run;
-  const Ahead<T> ahead(row.x, row.n, row.step);
+  const Ahead<T> ahead(row.x, row.n, row.step, row.even);
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {
@@ -200,7 +204,7 @@ GENREC_INLINE double sum_of_powers(const RowView<T>& row, float rate, float gues
   constexpr int64_t kKeptAhead = 2048 / static_cast<int64_t>(sizeof(T));
   const T* x = row.x;
   const int64_t n = row.n;
-  const Ahead<T> ahead(x, n, row.step);
+  const Ahead<T> ahead(x, n, row.step, row.even);
   const auto power = [&](vfloat v) __attribute__((always_inline)) {
     return exp2_any(kFused ? v * rate - shift : (v - guess) * rate);
   };
@@ -333,7 +337,7 @@ template <class T, bool kWeighted = true>
 static Normalizer<float> normalize(const RowView<T>& row, float inv_temperature, Kept kept) {
   if (row.n == 0) return empty_row<float>();
   RunningSum run;
-  const Ahead<T> ahead(row.x, row.n, row.step);
+  const Ahead<T> ahead(row.x, row.n, row.step, row.even);
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
     if (row.columns == nullptr) {

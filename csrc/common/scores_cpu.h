@@ -25,7 +25,7 @@ RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
   if (s.ranges != nullptr) {
     first = s.ranges[2 * t];
     const int64_t next = s.ranges[last ? 0 : 2 * (t + 1)];
-    return {x + first, nullptr, s.ranges[2 * t + 1] - first, step + next - first};
+    return {x + first, nullptr, s.ranges[2 * t + 1] - first, step + next - first, in.T == 1};
   }
   return {x, nullptr, in.V, step};
 }
