@@ -42,8 +42,9 @@ struct RunningSum {
 };
 
 // Asks for the memory of rows of n columns that are read one after the other, the next one `step`
-// elements after this one, and all of them where they are `even`.  In two strides, into the second-level cache and from there
-// into the first: the first alone cannot have enough lines on their way.
+// elements after this one, and all of them where they are `even`.  In two strides, into the
+// second-level cache and from there into the first: the first alone cannot have enough lines on
+// their way.
 template <class T>
 class Ahead {
  public:

@@ -307,6 +307,25 @@ GENREC_INLINE vfloat load_some(const T* p, int n, float fill) {
   for (int i = 0; i < n; ++i) part[i] = to_float(p[i]);
   return load(part);
 }
+#if defined(__AVX512F__)
+// A load waits for every store that it overlaps: by masks, without one.
+GENREC_INLINE vfloat only_some(__m512 v, int n, float fill) {
+  const __mmask16 lanes = static_cast<__mmask16>((1u << n) - 1);
+  return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(fill), lanes, v);
+}
+GENREC_INLINE vfloat load_some(const float* p, int n, float fill) {
+  const __mmask16 lanes = static_cast<__mmask16>((1u << n) - 1);
+  return (vfloat)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes, p);
+}
+GENREC_INLINE vfloat load_some(const bf16_t* p, int n, float fill) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return only_some((__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16), n, fill);
+}
+GENREC_INLINE vfloat load_some(const f16_t* p, int n, float fill) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return only_some(_mm512_cvtph_ps(halves), n, fill);
+}
+#endif
 template <class T>
 GENREC_INLINE void store_some(T* p, vfloat v, int n) {
   float part[kLanes];

@@ -196,8 +196,7 @@ GENREC_INLINE void ask_for_children(const StepArgs& a, int64_t row) {
     prefetch(a.first_child + a.nodes[row]);
 }
 GENREC_INLINE void ask_for_labels(const StepArgs& a, int64_t row) {
-  if (row < a.U * a.W && is_node(a, a.nodes[row]))
-    prefetch(a.labels + a.first_child[a.nodes[row]]);
+  if (row < a.U * a.W && is_node(a, a.nodes[row])) prefetch(a.labels + a.first_child[a.nodes[row]]);
 }
 
 Children children_of(const StepArgs& a, const UserFilter& filter, int64_t node) {
@@ -367,15 +366,16 @@ void sample_beam(const StepArgs& a, const Children& c, int64_t user, int32_t bea
 
 // ---- a user ----
 
-// Sorts 64-bit words, upwards, where they stand.  `spare` has room for as many.
+// Sorts 64-bit words, upwards, where they stand, no two of them equal.  `spare` has room for as
+// many.
 void sort_words(uint64_t* words, uint64_t* spare, int64_t n) {
-  if (n <= 32) {
-    for (int64_t i = 1; i < n; ++i) {
-      const uint64_t word = words[i];
-      int64_t j = i;
-      for (; j > 0 && words[j - 1] > word; --j) words[j] = words[j - 1];
-      words[j] = word;
+  if (n <= 96) {  // few enough to count, vector by vector, how many each has before it
+    for (int64_t i = 0; i < n; ++i) {
+      uint64_t before = 0;
+      for (int64_t j = 0; j < n; ++j) before += words[j] < words[i];
+      spare[before] = words[i];
     }
+    std::memcpy(words, spare, sizeof(uint64_t) * static_cast<size_t>(n));
     return;
   }
   // By the upper half alone, a digit of 8 bits at a time; the lower one ascends already.
@@ -425,8 +425,7 @@ int64_t step(const StepArgs& a, int64_t first_task, int64_t last_task) {
   Scratch scratch;
   Words words(a.width);
   int64_t first_bad = -1;
-  const int64_t first_row =
-      first_task / a.chunks * a.W + a.W * (first_task % a.chunks) / a.chunks;
+  const int64_t first_row = first_task / a.chunks * a.W + a.W * (first_task % a.chunks) / a.chunks;
   for (int64_t i = 0; i < kFar; ++i) ask_for_children(a, first_row + i);
   for (int64_t i = 0; i < kNear; ++i) ask_for_labels(a, first_row + i);
   for (int64_t task = first_task; task < last_task; ++task) {
