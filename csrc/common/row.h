@@ -44,7 +44,8 @@ struct RunningSum {
 // Asks for the memory of rows of n columns that are read one after the other, the next one `step`
 // elements after this one, and all of them where they are `even`.  In two strides, into the
 // second-level cache and from there into the first: the first alone cannot have enough lines on
-// their way.
+// their way.  (With 6144 for the first stride an AMD EPYC took a third longer over rows of 8,192
+// floats from memory; an Intel Xeon was measured with 6144 alone.)
 template <class T>
 class Ahead {
  public:

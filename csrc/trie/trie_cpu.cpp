@@ -33,14 +33,16 @@ template <int64_t kNear>
 class Memory {
  public:
   explicit Memory(int64_t bytes)
-      : far_(bytes > kNear ? std::malloc(static_cast<size_t>(bytes)) : nullptr) {}
+      : data_(bytes > kNear ? std::malloc(static_cast<size_t>(bytes)) : near_) {}
   Memory(const Memory&) = delete;
-  ~Memory() { std::free(far_); }
-  void* data() { return far_ != nullptr ? far_ : near_; }
+  ~Memory() {
+    if (data_ != near_) std::free(data_);
+  }
+  void* data() { return data_; }
 
  private:
   alignas(64) unsigned char near_[kNear];
-  void* far_;
+  void* data_;
 };
 
 // The two lists of `width` words that a user's best are sorted in.
