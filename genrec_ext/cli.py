@@ -303,6 +303,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"genrec: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        hint = ""
+        if arguments.command == "train":
+            hint = "; the same command with --resume goes on from its last checkpoint"
+        print(f"genrec: interrupted{hint}", file=sys.stderr)
+        return 130
 
 
 def _run(arguments: argparse.Namespace) -> int:

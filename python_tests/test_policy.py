@@ -1113,3 +1113,110 @@ def test_large_gradients_of_several_threads_are_apart():
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(24)))
     genrec_ext.empty_cache()
+
+
+# ---- gradients that somebody has ----
+
+
+@pytest.mark.parametrize("given", ("all", "ranges"))
+def test_a_gradient_handed_out_is_not_written_to_again(given):
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(12, 4096, generator=g, requires_grad=True)
+    tokens, old = torch.randint(0, 64, (4, 3), generator=g), torch.full((4, 3), -2.5)
+    arguments = (tokens, old, torch.randn(4, generator=g))
+    more = {} if given == "all" else {"ranges": [[0, 64]] * 3}
+
+    def loss():
+        return genrec_ext.sage_loss(W.view(4, 3, 4096), *arguments, **more)
+
+    (want,) = torch.autograd.grad(loss(), W)
+    assert want.any()
+    kept = loss()
+    (first,) = torch.autograd.grad(kept, W, retain_graph=True)
+    first_then = first.clone()
+    (second,) = torch.autograd.grad(3 * kept, W, retain_graph=True)
+    assert torch.equal(first, first_then)
+    first.zero_()  # whoever has it may write to it
+    (third,) = torch.autograd.grad(kept, W, retain_graph=True)
+    (last,) = torch.autograd.grad(2 * kept, W)
+    for got, times in ((second, 3), (third, 1), (last, 2)):
+        torch.testing.assert_close(got, times * want)
+    kept = loss()
+    kept.backward(retain_graph=True)
+    (3 * kept).backward()
+    torch.testing.assert_close(W.grad, 4 * want)
+
+
+def test_bounds_of_masked_rows_may_be_anything_also_when_the_loss_is_scaled():
+    N, T, V = 4, 3, 20_000
+    g = torch.Generator().manual_seed(0)
+    columns = torch.cat([torch.arange(50), torch.tensor([-7, 10**9])]).int()
+    mask = torch.ones(N, T, dtype=torch.bool)
+    mask[2] = mask[0, 1] = False
+    begin, end = torch.zeros(N, T, dtype=torch.int64), torch.full((N, T), 50)
+    arguments = (torch.randint(0, 50, (N, T), generator=g), torch.full((N, T), -3.0))
+    logits = torch.randn(N, T, V, generator=g, requires_grad=True)
+    advantages = torch.randn(N, generator=g)
+
+    def gradient(factor):
+        loss = genrec_ext.sage_loss(
+            logits, *arguments, advantages, mask=mask, columns=(columns, begin, end)
+        )
+        return torch.autograd.grad(factor * loss, logits)[0]
+
+    want = gradient(1.0)
+    for bounds in ((0, 10**9), (-5, 60), (-9, -1), (100_000, 20_000_000), (0, 52), (40, 10)):
+        begin[2, 0], end[2, 0] = bounds
+        begin[0, 1], end[0, 1] = bounds
+        torch.testing.assert_close(gradient(2.0), 2 * want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_forward_mode_is_refused_by_name(dtype):
+    x = torch.randn(2, 1, 4, dtype=dtype)
+    tokens, old, a = torch.zeros(2, 1).long(), torch.zeros(2, 1, dtype=dtype), torch.ones(2)
+    head = torch.randn(4, 3, dtype=dtype)
+    for name, function in (
+        ("sage_loss", lambda z: genrec_ext.sage_loss(z, tokens, old, a)),
+        ("token_logps", lambda z: genrec_ext.token_logps(z, tokens)[0]),
+        ("prefix_loss", lambda z: genrec_ext.prefix_loss(z, tokens, torch.ones(1), 0.5)[0]),
+        ("sage_loss_from_logps", lambda z: genrec_ext.sage_loss_from_logps(z[..., 0], old, a)),
+        ("level_logits", lambda z: genrec_ext.level_logits(z[..., :3], head, [[0, 2]])),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
+            torch.func.jvp(function, (x,), (x,))
+        with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
+            torch.func.jacfwd(function)(x)
+        with torch.autograd.forward_ad.dual_level():
+            function(x)  # there is a level, and nothing of it here
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
+                function(dual)
+
+
+def test_the_definition_learns_nothing_from_an_impossible_token():
+    x = torch.zeros(1, 2, 3, dtype=torch.float64)
+    x[0, 0, 1] = -torch.inf
+    for objective in ("sage", "gspo", "gbpo", "ecpo", "grpo"):
+        x.requires_grad_()
+        arguments = (x, torch.tensor([[1, 0]]), torch.full((1, 2), -1.0), torch.ones(1))
+        config = SageConfig(objective=objective)
+        (want,) = torch.autograd.grad(genrec_ext.sage_loss(*arguments, config=config), x)
+        (got,) = torch.autograd.grad(reference.sage_loss(*arguments, config=config), x)
+        torch.testing.assert_close(got, want)
+
+
+def test_views_that_are_negated_only_when_read():
+    w = torch.randn(2, 1, 4)
+    arguments = (torch.zeros(2, 1).long(), torch.full((2, 1), -1.0), torch.ones(2))
+    view = torch.conj(torch.complex(w, w)).imag.requires_grad_()
+    assert view.is_neg()
+    plain = (-w).requires_grad_()
+    for inplace in (False, True):
+        grads = [
+            torch.autograd.grad(genrec_ext.sage_loss(x, *arguments, inplace_grad=inplace), x)[0]
+            for x in (view, plain.detach().clone().requires_grad_())
+        ]
+        torch.testing.assert_close(*grads)
+    with pytest.raises(ValueError, match="ranges must be pairs of integers"):
+        genrec_ext.sage_loss(plain, *arguments, ranges="abc")

@@ -1,5 +1,9 @@
 #include "common/isa.h"
 
+#if defined(GENREC_X86)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -8,6 +12,14 @@ namespace genrec {
 
 namespace {
 
+#if defined(GENREC_X86)
+// GCC 10 does not know this one by name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Isa best_isa() {
 #if defined(GENREC_X86)
   __builtin_cpu_init();
@@ -15,8 +27,7 @@ Isa best_isa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma"))
     return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     return Isa::avx2;
 #endif
   return Isa::baseline;

@@ -78,6 +78,7 @@ struct ScaleArgs {
   // In place, CPU: grad is [N, T, V] and only these columns can differ from 0.
   int64_t T = 0;
   Support support;
+  int64_t num_columns = 0;  // of support.columns
 };
 
 // Adds in the order of the sequences, in double: the same bits every time.

@@ -296,12 +296,13 @@ void sage_loss_backward_(const Tensor& grad, const Tensor& grad_output,
   args.out = grad.mutable_data_ptr();
   ranges = contiguous(ranges), columns = contiguous(columns);
   begin = contiguous(begin), end = contiguous(end);
-  if (ranges || columns) {  // checked when the gradient was made
+  if (ranges || columns) {  // checked when the gradient was made, but where the mask is False
     require(grad.dim() == 3, "grad must have shape [N, T, V] where a support is given, got ",
             shape_text(grad));
     args.T = grad.size(1);
     args.support.ranges = data_or_null<int64_t>(ranges);
     args.support.columns = data_or_null<int32_t>(columns);
+    args.num_columns = columns ? columns->numel() : 0;
     args.support.begin = data_or_null<int64_t>(begin);
     args.support.end = data_or_null<int64_t>(end);
   }

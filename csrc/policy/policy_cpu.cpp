@@ -145,8 +145,12 @@ bool scale_support(const ScaleArgs& a, int64_t n, S factor) {
     T* row = static_cast<T*>(a.out) + n * a.inner + t * V;
     const int64_t r = n * a.T + t;
     if (s.begin != nullptr) {
-      for (int64_t i = s.begin[r]; i < s.end[r]; ++i)
-        from_float(row + s.columns[i], to_float(row[s.columns[i]]) * factor);
+      // What is wrong was not looked at, and belongs to a masked row: zeros.
+      if (s.begin[r] < 0 || s.end[r] > a.num_columns) continue;
+      for (int64_t i = s.begin[r]; i < s.end[r]; ++i) {
+        const int64_t v = s.columns[i];
+        if (0 <= v && v < V) from_float(row + v, to_float(row[v]) * factor);
+      }
     } else {
       for (int64_t v = s.ranges[2 * t]; v < s.ranges[2 * t + 1]; ++v)
         from_float(row + v, to_float(row[v]) * factor);

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from ..trie import Trie
@@ -73,7 +74,13 @@ def support_arguments(
     if (trie is None) != (nodes is None):
         raise ValueError("trie and nodes must be given together")
     if ranges is not None:
-        ranges = integers("ranges", torch.as_tensor(ranges, device=logits.device))
+        try:
+            ranges = torch.as_tensor(ranges, device=logits.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"ranges must be pairs of integers, one a level, got {ranges!r}"
+            ) from error
+        ranges = integers("ranges", ranges)
     if trie is not None:
         if nodes is not None and nodes.dim() == 2 and nodes.shape != logits.shape[:2]:
             raise ValueError(
@@ -115,11 +122,23 @@ def unmapped(operator: str, *tensors: Any) -> None:
         )
 
 
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def wants_grad(operator: str, x: Tensor) -> bool:
     """Whether a gradient will be asked for, by backward; those of torch.func.grad are refused.
 
     A tensor that vmap maps over says that it needs none, whatever the one below it needs.
     """
+    if _has_tangent(x):
+        raise RuntimeError(
+            f"genrec's {operator} has no forward-mode derivative, as torch.func.jvp, jacfwd and "
+            "forward_ad ask for: use backward or torch.autograd.grad"
+        )
     if not torch.is_grad_enabled():
         return False
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x):
@@ -140,8 +159,11 @@ def is_one(grad_output: Tensor) -> bool:
 
 
 def times(grad_output: Tensor, grad: Tensor) -> Tensor:
-    """grad scaled by what comes in, without a pass over it where that is known to be 1."""
-    if is_one(grad_output):
+    """grad scaled by what comes in, without a pass over it where that is known to be 1.
+
+    What is kept for another backward is not handed out: whoever got it might write to it.
+    """
+    if is_one(grad_output) and not keeps_graph():
         return grad
     return torch.ops.genrec.sage_loss_backward(grad_output, grad)
 
@@ -186,9 +208,7 @@ class FusedLoss(torch.autograd.Function):
             return None, None, None
         first_order_only()
         grad, *support = ctx.saved_tensors
-        if is_one(grad_loss):
-            return grad, None, None
-        if keeps_graph() or not is_plain(grad_loss):
+        if keeps_graph() or is_one(grad_loss) or not is_plain(grad_loss):
             return times(grad_loss, grad), None, None
         torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
         return grad, None, None

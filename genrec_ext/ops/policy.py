@@ -506,7 +506,7 @@ def _sage_loss_inplace(
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     no_grad = not wants_grad("sage_loss", logits)
-    mapped = values_of(logits) is not logits
+    mapped = values_of(logits) is not logits or logits.is_neg()
     if no_grad or mapped or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
     dtype = accumulate_dtype(logits)

@@ -164,7 +164,8 @@ def _importance_ratio(new: Tensor, old: Tensor) -> Tensor:
     """exp(new - old) with the exponent clamped; its derivative is itself, clamped or not, and 0
     where ``new`` is -inf: an impossible token teaches nothing."""
     value = (new - old).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return value * torch.where(new == -math.inf, 1, (new - new.detach()).exp())
+    possible = torch.where(new == -math.inf, 0, new)  # before, as 0 times its NaN would be NaN
+    return value * (possible - possible.detach()).exp()
 
 
 def _clip_bounds(config: SageConfig) -> tuple[float, float]:
@@ -286,7 +287,7 @@ def sage_loss_from_logps(
     if config.reduction == "none":
         loss = losses
     else:
-        mean = float(len(losses)) if config.reduction == "mean" else 1.0
+        mean = float(max(len(losses), 1)) if config.reduction == "mean" else 1.0
         loss = losses.sum() / (mean if normalizer is None else normalizer)
     if not return_stats:
         return loss

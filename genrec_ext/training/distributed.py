@@ -179,6 +179,23 @@ def joined(parallel: str, timeout: float, device: str = "cpu") -> Iterator[Proce
             dist.destroy_process_group()
 
 
+def check_device(device: str) -> None:
+    """A ValueError where torch has no such device here."""
+    try:
+        wanted = torch.device(device)
+        there = wanted.type != "meta"  # holds no numbers
+        if wanted.type == "cuda":
+            there = torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()
+        elif there:
+            torch.empty(0, device=wanted)
+    except (AssertionError, NotImplementedError, RuntimeError):
+        there = False
+    if not there:
+        count = torch.cuda.device_count()
+        cuda = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device is to be had here"
+        raise ValueError(f"device: {device!r}; expected cpu or another that torch has ({cuda})")
+
+
 def own_device(device: str) -> torch.device:
     """`cuda` as this process's own under `torchrun`; any other device as it is."""
     if device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -62,6 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     the first of them writes.
 
     Raises:
+        ValueError: torch has no such ``device`` here.
         DataError: the data cannot be read.
         CheckpointError: ``resume`` finds a checkpoint of another run or a damaged one, or a
             checkpoint cannot be written.
@@ -73,6 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
     tracking.check(config.track)
+    distributed.check_device(config.device)
     with distributed.joined(config.parallel, 60 * config.timeout, config.device) as processes:
         return _Training(config, processes).run()
 

@@ -16,7 +16,7 @@ from .. import data as data_module
 from ..data import Interactions, Split
 from ..models import CompactConfig, CompactRecommender
 from ..trie import Trie
-from . import checkpoint, evaluation
+from . import checkpoint, distributed, evaluation
 
 MODEL_FILE = "model.pt"
 GENERATED = "generated"
@@ -57,8 +57,11 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
 
     Raises:
         CheckpointError: there is no usable ``model.pt``, nor an export.
+        ValueError: torch has no such ``device`` here.
     """
     from .export import CONFIG, load_export
+
+    distributed.check_device(device)
 
     if not (Path(folder) / MODEL_FILE).exists() and (Path(folder) / CONFIG).exists():
         return load_export(Path(folder), device)
