@@ -506,8 +506,9 @@ def _sage_loss_inplace(
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     no_grad = not wants_grad("sage_loss", logits)
-    mapped = values_of(logits) is not logits or logits.is_neg()
-    if no_grad or mapped or _is_sparse(logits, arguments):  # nothing to overwrite
+    mapped = values_of(logits) is not logits
+    lazy = not torch.compiler.is_compiling() and logits.is_neg()
+    if no_grad or mapped or lazy or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
     dtype = accumulate_dtype(logits)
     return _InplaceGrad.apply(
