@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 
@@ -261,6 +262,10 @@ def test_compiles_whole(case):
     same(outcome(operator, compiled(operator.call, "aot_eager"), tensors), want)
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
+    reason="inductor needs a C++ compiler",
+)
 @each("sage_loss", "straight_through_embedding", "trie_beam_step")
 def test_inductor_gives_the_same(case):
     _, operator, tensors = case
