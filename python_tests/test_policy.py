@@ -1008,7 +1008,7 @@ def test_memory_that_was_only_read_is_not_fetched_again():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_memory_of_a_gradient_is_cleared_in_a_forked_process_too():
+def test_memory_of_a_gradient_is_cleared_in_a_forked_process_too(tmp_path):
     code = """
 import os, sys, torch
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -1025,7 +1025,12 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "in the child"
 assert torch.equal(used, first)
 """
-    subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))],
+        check=True,
+        timeout=300,
+        cwd=tmp_path,  # not beside the sources, which the installed package has to come before
+    )
 
 
 def test_gradients_of_several_threads_do_not_share_memory():
