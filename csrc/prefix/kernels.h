@@ -86,8 +86,8 @@ struct FinishArgs {
   double scale = 1;
   const void* choices = nullptr;  // S [1] or null
   const void* logps = nullptr;    // S [N, T]
-  void* losses = nullptr;         // S [N]; or null, and then
-  void* total = nullptr;          // S [1], their sum
+  void* losses = nullptr;         // S [N], or null
+  void* total = nullptr;          // S [1], their sum, or null where each is wanted
   void* levels = nullptr;         // S [P], the mean loss of each prefix length
 };
 

@@ -599,10 +599,10 @@ def _causal_step(
     tree = _Tree(real, model.dtype)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     cache = _tree_cache(layers, trie, width)
+    shared = with_cache(model, cache)
     only_last = {"logits_to_keep": 1} if _takes_last(model) else {}
 
     def step(level: int, parent: Tensor | None, token: Tensor | None) -> Tensor:
-        shared = with_cache(model, cache)
         if parent is None or token is None:
             out = head.model(level)(
                 **prompt,

@@ -208,9 +208,10 @@ class FusedLoss(torch.autograd.Function):
             return None, None, None
         first_order_only()
         grad, *support = ctx.saved_tensors
-        if keeps_graph() or is_one(grad_loss) or not is_plain(grad_loss):
+        if keeps_graph() or not is_plain(grad_loss):
             return times(grad_loss, grad), None, None
-        torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
+        if not is_one(grad_loss):
+            torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *support)
         return grad, None, None
 
 

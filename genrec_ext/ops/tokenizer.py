@@ -535,7 +535,7 @@ def resolve_collisions(
         return _spread(codes, distances.detach(), epsilon, iterations, seed)
     if method == "min_cost":
         capacity = 1
-    elif not (isinstance(capacity, int) and capacity >= 1):
+    elif not (hasattr(capacity, "__index__") and capacity >= 1):
         raise ValueError(f"capacity must be an integer of at least 1, got {capacity}")
     device, codes = codes.device, codes.cpu()
     changed = codes.clone()
