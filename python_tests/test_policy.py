@@ -986,6 +986,23 @@ def test_memory_of_a_gradient_is_cleared_wherever_it_was_written(asked):
             assert torch.equal(gradient(), first)
 
 
+def test_memory_of_a_gradient_is_cleared_where_no_page_is_new():
+    """In a loop that has all its memory, what is written beside a support lies in its pages."""
+    N, V = 8, 70_000
+    logits = torch.randn(N, 1, V, requires_grad=True)
+    tokens, rest = torch.full((N, 1), 5), (torch.full((N, 1), -5.0), torch.ones(N))
+    kept = []
+    for step in range(60):
+        start = 5 - step % 5
+        end = start + (3000 if step == 40 else 300)  # in the same pages, and once in others
+        loss = genrec_ext.sage_loss(logits, tokens, *rest, ranges=[[start, end]])
+        grad = torch.autograd.grad(loss, logits)[0]
+        kept += [grad[0, 0, end : end + 500].any(), grad[1:, 0, :start].any()]
+        grad[:, 0, : end + 400] = float("nan")
+        del grad
+    assert not any(kept)
+
+
 @mapped
 @pytest.mark.skipif(
     tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 7),

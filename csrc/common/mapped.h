@@ -32,11 +32,14 @@ inline std::optional<Tensor> new_blank(const Tensor& like, const std::vector<int
                                        std::vector<Span> written = {}) {
   constexpr int64_t kWorthwhile = int64_t{1} << 20;
   const int64_t bytes = bytes_of(like, sizes);
-  void* data = bytes >= kWorthwhile ? map_blank(bytes) : nullptr;
+  if (bytes < kWorthwhile) return std::nullopt;
+  Blank blank = map_blank(bytes);
+  void* data = blank.data;
   if (data == nullptr) return std::nullopt;
-  return in_mapping(data, like, sizes, [bytes, written = std::move(written)](void* memory) {
-    release_blank(memory, bytes, written.data(), static_cast<int64_t>(written.size()));
-  });
+  return in_mapping(data, like, sizes,
+                    [blank = std::move(blank), written = std::move(written)](void*) mutable {
+                      release_blank(std::move(blank), written);
+                    });
 }
 
 // A tensor with like's dtype that its maker writes from end to end.

@@ -5,6 +5,7 @@
 #if defined(__linux__)
 #include <fcntl.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #endif
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <iterator>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace genrec {
@@ -20,13 +22,14 @@ namespace {
 // Of a kept mapping, memory that stays resident, at most.
 constexpr int64_t kKeptBytes = int64_t{16} << 20;
 
-struct Mapping {
-  void* data;
-  int64_t bytes;
+struct Whole {
+  void* data = nullptr;
+  int64_t bytes = 0;
 };
 
 // Mappings that are ready for the next taker.  Whoever looks at one holds it alone; nobody
 // waits.
+template <class Mapping>
 struct Shelf {
   std::atomic<Mapping*> slots[2];
 
@@ -39,11 +42,11 @@ struct Shelf {
         keep(mapping);
         continue;
       }
-      const Mapping taken = *mapping;
+      Mapping taken = std::move(*mapping);
       delete mapping;
       return taken;
     }
-    return {nullptr, 0};
+    return {};
   }
 
   // As the latest, in place of the one before the last.
@@ -67,8 +70,8 @@ struct Shelf {
     return bytes;
   }
 
-  void put(const Mapping& mapping) {
-    Mapping* kept = new (std::nothrow) Mapping(mapping);
+  void put(Mapping mapping) {
+    Mapping* kept = new (std::nothrow) Mapping(std::move(mapping));
     kept == nullptr ? unmap(mapping) : keep(kept);
   }
 
@@ -78,7 +81,8 @@ struct Shelf {
   }
 };
 
-Shelf zeros, whole;
+Shelf<Blank> zeros;
+Shelf<Whole> whole;
 
 void* map(int64_t bytes) {
   void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
@@ -129,25 +133,43 @@ bool for_each_written(char* data, int64_t bytes, Use use) {
   return going_on;
 }
 
-#endif
+// How many page faults all threads of this process have had; none of another process count.
+int64_t faults_so_far() {
+  rusage usage;
+  return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_minflt} + usage.ru_majflt : -1;
+}
 
-// Makes the mapping all zeros by clearing the pages of `written` and returning the
-// others that hold anything; false where it cannot, or where too much would stay.
-bool cleared(char* data, int64_t bytes, const Span* written, int64_t count) {
-#if defined(__linux__)  // where MADV_DONTNEED promises zeros
-  const int64_t page = sysconf(_SC_PAGESIZE), end = (bytes + page - 1) / page * page;
-  std::vector<Span> kept;  // whole pages, each once
-  kept.reserve(static_cast<size_t>(count));
-  int64_t stays = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t done = kept.empty() ? 0 : kept.back().end;
-    const int64_t first = std::max(written[i].begin / page * page, done);
-    const int64_t last = std::min((written[i].end + page - 1) / page * page, end);
+// The pages of `written`, each once, or none where there is nothing to keep or too much.
+std::vector<Span> pages_of(const std::vector<Span>& written, int64_t page, int64_t end) {
+  std::vector<Span> pages;
+  pages.reserve(written.size());
+  int64_t total = 0;
+  for (const Span& span : written) {
+    const int64_t done = pages.empty() ? 0 : pages.back().end;
+    const int64_t first = std::max(span.begin / page * page, done);
+    const int64_t last = std::min((span.end + page - 1) / page * page, end);
     if (first >= last) continue;
-    stays += last - first;
-    kept.push_back({first, last});
+    total += last - first;
+    pages.push_back({first, last});
   }
-  if (stays == 0 || stays > kKeptBytes) return false;
+  if (total > kKeptBytes) pages.clear();
+  return pages;
+}
+
+// Makes the mapping all zeros by clearing the pages of `written` and returning the others that
+// hold anything; false where it cannot, or where too much would stay.
+bool cleared(Blank& blank, const std::vector<Span>& written) {
+  char* data = static_cast<char*>(blank.data);
+  // Nobody in this process has written to a page that held no memory yet without a fault.
+  if (!blank.resident.empty() && blank.process == getpid() && blank.faults == faults_so_far()) {
+    for (const Span& span : blank.resident)
+      std::memset(data + span.begin, 0, static_cast<size_t>(span.end - span.begin));
+    return true;
+  }
+  const int64_t page = sysconf(_SC_PAGESIZE), end = (blank.bytes + page - 1) / page * page;
+  blank.resident = pages_of(written, page, end);
+  const std::vector<Span>& kept = blank.resident;
+  if (kept.empty()) return false;
 
   // The pages from `first` to `last`, where each call begins no earlier than the last one ended.
   auto next = kept.cbegin();
@@ -169,12 +191,18 @@ bool cleared(char* data, int64_t bytes, const Span* written, int64_t count) {
   };
   if (for_each_written(data, end, clear)) return true;
   next = kept.cbegin();
-  return clear(0, end);
-#else
-  (void)data, (void)bytes, (void)written, (void)count;
-  return false;
-#endif
+  const bool done = clear(0, end);
+  blank.resident.clear();  // a system that cannot tell its pages may not count its faults either
+  return done;
 }
+
+#else
+
+bool cleared(Blank&, const std::vector<Span>&) {
+  return false;  // nobody else promises that MADV_DONTNEED leaves zeros
+}
+
+#endif
 
 }  // namespace
 
@@ -191,7 +219,7 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 
 void* map_whole(int64_t& bytes) {
   // A smaller batch may take a larger one's pages.
-  const Mapping kept = whole.take(bytes, 2 * bytes);
+  const Whole kept = whole.take(bytes, 2 * bytes);
   if (kept.data != nullptr) {
     bytes = kept.bytes;
     return kept.data;
@@ -215,19 +243,27 @@ void release_whole(void* data, int64_t bytes) {
 
 int64_t release_kept() { return zeros.clear() + whole.clear(); }
 
-void* map_blank(int64_t bytes) {
-  if (void* kept = zeros.take(bytes, bytes).data) return kept;
-  void* data = map(bytes);
+Blank map_blank(int64_t bytes) {
+  Blank blank = zeros.take(bytes, bytes);
+  if (blank.data != nullptr) {
+#if defined(__linux__)
+    blank.process = getpid();
+    blank.faults = faults_so_far();
+#endif
+    return blank;
+  }
+  blank.data = map(bytes);
+  blank.bytes = bytes;
 #if defined(MADV_NOHUGEPAGE)
   // A huge page would be zeroed whole for the few bytes that are written.
-  if (data != nullptr) madvise(data, static_cast<size_t>(bytes), MADV_NOHUGEPAGE);
+  if (blank.data != nullptr) madvise(blank.data, static_cast<size_t>(bytes), MADV_NOHUGEPAGE);
 #endif
-  return data;
+  return blank;
 }
 
-void release_blank(void* data, int64_t bytes, const Span* written, int64_t count) {
-  if (cleared(static_cast<char*>(data), bytes, written, count)) return zeros.put({data, bytes});
-  munmap(data, static_cast<size_t>(bytes));
+void release_blank(Blank blank, const std::vector<Span>& written) {
+  if (cleared(blank, written)) return zeros.put(std::move(blank));
+  munmap(blank.data, static_cast<size_t>(blank.bytes));
 }
 
 }  // namespace genrec

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace genrec {
 
@@ -30,14 +31,19 @@ struct Span {
   int64_t begin, end;
 };
 
-// Zeroed memory whose pages arrive as they are touched, for a buffer of which
-// most stays zero; null where there is none.
-void* map_blank(int64_t bytes);
+// Zeroed memory whose pages arrive as they are touched, for a buffer of which most stays zero.
+struct Blank {
+  void* data = nullptr;  // null where there is no memory
+  int64_t bytes = 0;
+  std::vector<Span> resident;       // the only pages that hold memory of their own, if not empty
+  int64_t process = 0, faults = 0;  // whose page faults had come to how many when it was mapped
+};
+Blank map_blank(int64_t bytes);
 
 // Takes it back.  A page's arrival costs more than what is written to it, so the
 // pages of `written`, spans in rising order, are zeroed and kept for the next
 // map_blank of as many bytes, where they are few; all others return to the system,
 // and with them whatever anybody wrote there.
-void release_blank(void* data, int64_t bytes, const Span* written, int64_t count);
+void release_blank(Blank blank, const std::vector<Span>& written);
 
 }  // namespace genrec
