@@ -49,12 +49,14 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "Tensor? ref_logps=None, " GENREC_SUPPORT ", " GENREC_OBJECTIVE
       ", float temperature=1.0, str reduction=\"mean\", float? normalizer=None, "
       "bool validate=False) -> Tensor");
-  // loss [] or, unreduced, [N]; stats [N, 6]; grad like logits (empty unless with_grad).
+  // loss [] or, unreduced, [N]; stats [N, 6], of which that of entropy may be 0 unless
+  // with_entropy; grad like logits (empty unless with_grad).
   m.def(
       "sage_loss_forward(Tensor logits, Tensor tokens, Tensor old_logps, Tensor advantages, "
       "Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, Tensor? ranges, "
       "Tensor? columns, Tensor? column_begin, Tensor? column_end, " GENREC_OBJECTIVE_ALL
-      ", float temperature, float scale, bool reduce, bool validate, bool with_grad) "
+      ", float temperature, float scale, bool with_entropy, bool reduce, bool validate, "
+      "bool with_grad) "
       "-> (Tensor loss, Tensor stats, Tensor grad_logits)");
   // The same, with the gradient written over the logits.
   m.def(
@@ -62,7 +64,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "Tensor advantages, Tensor? mask, Tensor? entropy, Tensor? boost, Tensor? ref_logps, "
       "Tensor? ranges, Tensor? columns, Tensor? column_begin, "
       "Tensor? column_end, " GENREC_OBJECTIVE_ALL
-      ", float temperature, float scale, bool reduce, bool validate) "
+      ", float temperature, float scale, bool with_entropy, bool reduce, bool validate) "
       "-> (Tensor loss, Tensor stats)");
   m.def("sage_loss_backward(Tensor grad_output, Tensor grad) -> Tensor");
   // The same in the saved gradient's own memory; on the CPU it looks at the support's

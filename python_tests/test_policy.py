@@ -199,6 +199,66 @@ def test_token_logps_special_values(ours, dtype):
     assert entropy[0].isfinite() and entropy[1:4].isnan().all() and entropy[4] == 0
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("V", (2, 17, 64, 65, 300, 5000))
+def test_rows_whose_first_logits_say_little_of_the_others(ours, dtype, V):
+    """Sums start from a guess of the largest logit; here it is far off, or the row is peaked."""
+    g = torch.Generator().manual_seed(V)
+    rows = torch.randn(9, 1, V, generator=g)
+    rows[0, 0, : V // 2] = -math.inf
+    rows[1, 0, : V // 2] -= 40
+    rows[2, 0, : V // 2] += 40
+    rows[3, 0, -1] += 14  # within what is taken for close
+    rows[4, 0, -1] += 25  # beyond it
+    rows[5, 0, 0] += 25
+    rows[6] += 3000
+    rows[7] *= 1e4  # nothing but the largest counts
+    rows = rows.to(dtype)
+    tokens = torch.full((9, 1), V - 1)
+    logps, entropy = ours.token_logps(rows, tokens)
+    wide = torch.log_softmax(rows.double(), -1)
+    want = wide.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    each = torch.where(wide.exp() > 0, wide.exp() * wide, 0.0)
+    assert torch.allclose(logps.double(), want, rtol=1e-6, atol=3e-6)
+    assert torch.allclose(entropy.double(), -each.sum(-1), rtol=2e-5, atol=2e-6)
+    assert (logps <= 0).all() and (entropy >= 0).all()
+    sharp = entropy.double().flatten()[[4, 5]], -each.sum(-1).flatten()[[4, 5]]
+    assert torch.allclose(*sharp, rtol=1e-3, atol=3e-7), "a small entropy has lost its digits"
+    old, advantages = want.float().clamp(min=-30) - 0.1, torch.linspace(-1, 1, 9)
+    assert_matches(ours, rows, tokens, old, advantages)
+
+
+def test_statistics_change_no_bit_of_the_loss(ours):
+    logits, tokens, old, advantages = batch(N=16, T=3, V=500)
+    logits[:, :, -1] += 12  # where the entropy needs a second look
+    plain = loss_and_grad(ours.sage_loss, logits, tokens, old, advantages)
+    seen = []
+
+    def watched(*arguments):
+        loss, stats = ours.sage_loss(*arguments, return_stats=True)
+        seen.append(stats.entropy)
+        return loss
+
+    assert all(map(torch.equal, plain, loss_and_grad(watched, logits, tokens, old, advantages)))
+    want = ours.token_logps(logits, tokens)[1].mean()
+    assert torch.allclose(seen[0], want) and want > 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("T, V", ((4, 1000), (2, 33_000), (1, 140_001)))
+def test_a_gradient_too_large_for_caches_has_the_bits_of_its_parts(ours, dtype, T, V):
+    N = (33 << 20) // (T * V * dtype.itemsize) + 1
+    logits, tokens, old, advantages = batch(N=N, T=T, V=V, dtype=dtype)
+    tokens[0, 0], tokens[1, 0], tokens[2, 0] = 0, V - 1, V // 32 * 32 - 1
+    kept = torch.arange(0, N, max(N // 40, 1))
+    settings = {"config": SageConfig(reduction="sum")}
+    _, grad = loss_and_grad(ours.sage_loss, logits, tokens, old, advantages, **settings)
+    kept[1:3] = torch.tensor([1, 2])
+    parts = (logits[kept], tokens[kept], old[kept], advantages[kept])
+    _, want = loss_and_grad(ours.sage_loss, *parts, **settings)
+    assert torch.equal(grad[kept], want) and want.abs().sum() > 0
+
+
 def test_a_long_row_of_minus_infinity_before_one_finite_logit(ours):
     logits = torch.full((1, 1, 5000), -math.inf)
     logits[0, 0, 4999] = 2.0
@@ -605,12 +665,23 @@ def calls():
         "sage_loss ranges": (ops.sage_loss, common, support | {"objective": "grpo"}),
         "sage_loss_forward": (
             ops.sage_loss_forward,
-            (*common, *nones, *nones[:3], *objective, 1.0, 0.5, True, False, True),
+            (*common, *nones, *nones[:3], *objective, 1.0, 0.5, True, True, False, True),
             {},
         ),
         "sage_loss_forward_": (
             ops.sage_loss_forward_,
-            (detached.clone(), *common[1:], *nones, *nones[:3], *objective, 1.0, 0.5, True, False),
+            (
+                detached.clone(),
+                *common[1:],
+                *nones,
+                *nones[:3],
+                *objective,
+                1.0,
+                0.5,
+                True,
+                True,
+                False,
+            ),
             {},
         ),
         "sage_loss_backward": (ops.sage_loss_backward, (torch.rand(3), detached), {}),

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "common/vec.h"
 
@@ -197,23 +198,31 @@ inline constexpr bool kFused = true;
 inline constexpr bool kFused = false;
 #endif
 
-// The sum of 2^((x - guess) rate) over a row of columns side by side, where the product of
-// guess and rate is taken as `shift`.  With kKeep, leaves each power in kept[0 .. n), pairs of
+// Of a row's powers 2^t.
+struct Powers {
+  double sum = 0, weighted = 0;  // of 2^t, and of t 2^t where wanted
+};
+
+// The powers 2^((x - guess) rate) of a row of columns side by side, where the product of
+// guess and rate is taken as `shift`.  With kKeep, leaves each of them in kept[0 .. n), pairs of
 // vectors in load_pair's order; kept may be memory of the next use.
-template <bool kKeep, class T>
-GENREC_INLINE double sum_of_powers(const RowView<T>& row, float rate, float guess, float shift,
+template <bool kKeep, bool kWeighted, class T>
+GENREC_INLINE Powers sum_of_powers(const RowView<T>& row, float rate, float guess, float shift,
                                    float* kept) {
   constexpr int64_t kKeptAhead = 2048 / static_cast<int64_t>(sizeof(T));
   const T* x = row.x;
   const int64_t n = row.n;
   const Ahead<T> ahead(x, n, row.step, row.even);
-  const auto power = [&](vfloat v) __attribute__((always_inline)) {
-    return exp2_any(kFused ? v * rate - shift : (v - guess) * rate);
-  };
-  double sum = 0;
+  Powers all;
   for (int64_t at = 0; at < n; at += 4 * kBlock) {
     const int64_t last = n - at < 4 * kBlock ? n : at + 4 * kBlock;
-    vfloat sum0{}, sum1{}, sum2{}, sum3{};
+    vfloat sum0{}, sum1{}, sum2{}, sum3{}, weighted0{}, weighted1{};
+    const auto power = [&](vfloat v, vfloat& weighted) __attribute__((always_inline)) {
+      const vfloat t = kFused ? v * rate - shift : (v - guess) * rate, e = exp2_any(t);
+      // Held, as 0 * -inf would make a NaN.
+      if constexpr (kWeighted) weighted += e * hold(t);
+      return e;
+    };
     int64_t i = at;
     for (; i + 4 * kLanes <= last; i += 4 * kLanes) {
       ahead.ask(i, 4 * kLanes);
@@ -223,7 +232,8 @@ GENREC_INLINE double sum_of_powers(const RowView<T>& row, float rate, float gues
       vfloat a, b, c, d;
       load_pair(x + i, a, b);
       load_pair(x + i + 2 * kLanes, c, d);
-      a = power(a), b = power(b), c = power(c), d = power(d);
+      a = power(a, weighted0), b = power(b, weighted1);
+      c = power(c, weighted0), d = power(d, weighted1);
       sum0 += a, sum1 += b, sum2 += c, sum3 += d;
       if constexpr (kKeep) {
         store(kept + i, a), store(kept + i + kLanes, b);
@@ -234,58 +244,81 @@ GENREC_INLINE double sum_of_powers(const RowView<T>& row, float rate, float gues
       for (; i + 2 * kLanes <= last; i += 2 * kLanes) {
         vfloat a, b;
         load_pair(x + i, a, b);
-        a = power(a), b = power(b);
+        a = power(a, weighted0), b = power(b, weighted1);
         sum0 += a, sum1 += b;
         store(kept + i, a), store(kept + i + kLanes, b);
       }
     for (; i < last; i += kLanes) {
       const int rest = last - i < kLanes ? static_cast<int>(last - i) : kLanes;
       const vfloat v =
-          power(rest == kLanes ? load_floats(x + i) : load_some(x + i, rest, -INFINITY));
+          power(rest == kLanes ? load_floats(x + i) : load_some(x + i, rest, -INFINITY), weighted0);
       sum0 += v;
       if constexpr (kKeep) rest == kLanes ? store(kept + i, v) : store_some(kept + i, v, rest);
     }
-    sum += sum_lanes((sum0 + sum1) + (sum2 + sum3));
+    all.sum += sum_lanes((sum0 + sum1) + (sum2 + sum3));
+    if constexpr (kWeighted) all.weighted += sum_lanes(weighted0 + weighted1);
   }
-  return sum;
+  return all;
 }
 
-// A row's sum of powers against the largest of its first few logits, which is close
-// enough for nearly every row; where it is not `good`, the row has to go the long way.
+// A row's powers against the largest of its first few logits, which is close enough for nearly
+// every row, or against its largest; where they are not `good`, the row has to go the long way.
 struct Guess {
   float rate, guess, shift;
-  double sum;
   bool good;
+  double sum, log_sum, entropy;  // of the powers; entropy in nats
 };
 
-template <bool kKeep, class T>
+template <class T>
+GENREC_INLINE bool take_guess(const RowView<T>& row, int64_t looked_at, Guess& g) {
+  const float top = block_top(row.x, looked_at);
+  if (!(top > g.guess)) return false;
+  g.guess = top;
+  g.shift = static_cast<float>(static_cast<double>(top) * g.rate);
+  return g.shift > -4096 && g.shift < 4096;  // beyond, x rate has lost too many digits
+}
+
+template <bool kKeep, bool kWeighted, class T>
+GENREC_INLINE void take_powers(const RowView<T>& row, Guess& g, float* kept) {
+  const Powers powers = sum_of_powers<kKeep, kWeighted>(row, g.rate, g.guess, g.shift, kept);
+  g.sum = powers.sum;
+  // Above, the guess lay so far below the largest logit that rounding shows.
+  g.good = powers.sum < 0x1p30;
+  if (!g.good) return;
+  g.log_sum = std::log(powers.sum);
+  g.entropy = kWeighted ? g.log_sum - powers.weighted / powers.sum * kLn2 : 0;
+}
+
+template <bool kKeep, bool kWeighted, class T>
 GENREC_INLINE Guess guess_sum(const RowView<T>& row, float inv_temperature, float* kept) {
-  const int64_t few = row.n < 4 * kLanes ? row.n : 4 * kLanes;
-  Guess g{inv_temperature * kLog2e, block_top(row.x, few), 0, NAN, false};
-  g.shift = static_cast<float>(static_cast<double>(g.guess) * g.rate);
-  if (g.shift > -4096 && g.shift < 4096) {  // beyond, x rate has lost too many digits
-    g.sum = sum_of_powers<kKeep>(row, g.rate, g.guess, g.shift, kept);
-    // Above, the guess lay so far below the largest logit that rounding shows.
-    g.good = g.sum < 0x1p30;
-  }
+  Guess g{inv_temperature * kLog2e, -INFINITY, 0, false, NAN, NAN, NAN};
+  if (take_guess(row, row.n < 4 * kLanes ? row.n : 4 * kLanes, g))
+    take_powers<kKeep, kWeighted>(row, g, kept);
+  if (!g.good && take_guess(row, row.n, g)) take_powers<kKeep, kWeighted>(row, g, kept);
+  if constexpr (kWeighted)
+    if (g.good && !(g.entropy > g.log_sum / 16)) {  // little was left of the difference
+      Guess other = g;
+      if (take_guess(row, row.n, other)) take_powers<false, true>(row, other, nullptr);
+      g.entropy = other.entropy;
+    }
   return g;
 }
 
-// The normaliser without the entropy that a good guess gives.
+// The normaliser that a good guess gives.
 GENREC_INLINE Normalizer<float> finish(const Guess& g, float inv_temperature) {
   // Of the sum's own rate and shift; `top` takes what a float can hold of it.
   const double shift = kFused ? g.shift : static_cast<double>(g.guess) * g.rate;
-  const double log_sum = std::log(g.sum) + shift * kLn2;
-  const double top = log_sum / (g.rate * kLn2);
+  const double log_sum = g.log_sum + shift * kLn2, top = log_sum / (g.rate * kLn2);
   const float held = static_cast<float>(top);
-  return {held, static_cast<float>((top - held) * inv_temperature), 0};
+  return {held, static_cast<float>((top - held) * inv_temperature),
+          static_cast<float>(g.entropy > 0 ? g.entropy : 0)};
 }
 
 // The normaliser without the entropy, of columns side by side; of none, log_sum is NaN.
 template <class T>
 static Normalizer<float> normalize_plain(const RowView<T>& row, float inv_temperature) {
   if (row.n == 0) return {-INFINITY, NAN, NAN};
-  const Guess g = guess_sum<false>(row, inv_temperature, nullptr);
+  const Guess g = guess_sum<false, false>(row, inv_temperature, nullptr);
   if (g.good) return finish(g, inv_temperature);
   RunningSum run;
   for (int64_t at = 0; at < row.n; at += kBlock)
@@ -294,60 +327,101 @@ static Normalizer<float> normalize_plain(const RowView<T>& row, float inv_temper
   return finish(run);
 }
 
-// The gradient factor p of n columns from powers kept by guess_sum; g may be `kept`.
+// Columns that a gradient is written to, side by side.
 template <class G>
-GENREC_INLINE void scale_kept(const float* kept, G* g, int64_t n, float factor) {
+struct Columns {
+  G* g;
+  int64_t n;
+  int64_t own_at;  // the column of `own` whatever the others are made of, or -1
+  float own;
+  bool streamed;  // past the caches, where memory is worth more than what they hold
+};
+
+// Writes what pair(i, a, b) gives of columns [i, i + 2 kLanes), and some(i, count) of the last.
+// `number`: none of it is NaN.
+template <class G, class Pair, class Some>
+GENREC_INLINE void write_columns(const Columns<G>& out, bool number, const Pair& pair,
+                                 const Some& some) {
+  constexpr int64_t kPair = 2 * kLanes;
+  constexpr int kVector = kLanes * 4 / static_cast<int>(sizeof(G));
+  const int64_t pairs = number ? out.n / kPair * kPair : 0;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    store_pair(g + i, load(kept + i) * factor, load(kept + i + kLanes) * factor);
-  for (; i + kLanes <= n; i += kLanes) store_floats(g + i, load(kept + i) * factor);
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    store_some(g + i, load_some(kept + i, rest, 0) * factor, rest);
+  vfloat a, b;
+  if (kStreams && out.streamed && reinterpret_cast<uintptr_t>(out.g) % sizeof(vfloat) == 0)
+    for (; i < pairs; i += kPair) {
+      pair(i, a, b);
+      alignas(64) G part[kPair];
+      store_pair(part, a, b);
+      // A line that went past the caches is slow to come back.
+      if (i <= out.own_at && out.own_at < i + kPair) from_float(part + (out.own_at - i), out.own);
+      for (int at = 0; at < kPair; at += kVector) {
+        vfloat v;
+        std::memcpy(&v, part + at, sizeof v);
+        stream(out.g + i + at, v);
+      }
+    }
+  const int64_t done = i;
+  for (; i < pairs; i += kPair) {
+    pair(i, a, b);
+    store_pair(out.g + i, a, b);
   }
+  for (; i + kLanes <= out.n; i += kLanes) store_floats(out.g + i, some(i, kLanes));
+  if (i < out.n) {
+    const int rest = static_cast<int>(out.n - i);
+    store_some(out.g + i, some(i, rest), rest);
+  }
+  if (out.own_at >= done) from_float(out.g + out.own_at, out.own);
+}
+
+// The gradient factor p of columns from powers kept by guess_sum; out.g may be `kept`.
+template <class G>
+GENREC_INLINE void scale_kept(const float* kept, const Columns<G>& out, float factor) {
+  write_columns(
+      out, factor == factor,
+      [&](int64_t i, vfloat& a, vfloat& b) __attribute__((always_inline)) {
+        a = load(kept + i) * factor;
+        b = load(kept + i + kLanes) * factor;
+      },
+      [&](int64_t i, int count) __attribute__((always_inline)) {
+        return (count == kLanes ? load(kept + i) : load_some(kept + i, count, 0)) * factor;
+      });
 }
 
 // The same from the logits.
 template <class T>
-GENREC_INLINE void scale_powers(const T* x, T* g, int64_t n, const Guess& guess, float factor) {
+GENREC_INLINE void scale_powers(const T* x, const Columns<T>& out, const Guess& guess,
+                                float factor) {
   const auto one = [&](vfloat v) __attribute__((always_inline)) {
     return exp2_any(kFused ? v * guess.rate - guess.shift : (v - guess.guess) * guess.rate) *
            factor;
   };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    prefetch(x + i + kBlock);
-    vfloat a, b;
-    load_pair(x + i, a, b);
-    store_pair(g + i, one(a), one(b));
-  }
-  for (; i + kLanes <= n; i += kLanes) store_floats(g + i, one(load_floats(x + i)));
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    store_some(g + i, one(load_some(x + i, rest, -INFINITY)), rest);
-  }
+  write_columns(
+      out, factor == factor,
+      [&](int64_t i, vfloat& a, vfloat& b) __attribute__((always_inline)) {
+        prefetch(x + i + kBlock);
+        load_pair(x + i, a, b);
+        a = one(a), b = one(b);
+      },
+      [&](int64_t i, int count) __attribute__((always_inline)) {
+        return one(count == kLanes ? load_floats(x + i) : load_some(x + i, count, -INFINITY));
+      });
 }
 
-// A row's exponentials as its sum was made of them: from these its gradient is
-// one multiplication a column instead of a second exponential.
+// A list's exponentials as its sum was made of them: from these its gradient is one
+// multiplication a column instead of a second exponential.
 struct Kept {
   float* e;     // [n], e^((x - tops[i / kBlock]) / temperature), in load_pair's order
   float* tops;  // [blocks_of(n)]
 };
 
-template <class T, bool kWeighted = true>
-static Normalizer<float> normalize(const RowView<T>& row, float inv_temperature, Kept kept) {
+template <bool kWeighted, class T>
+static Normalizer<float> normalize_list(const RowView<T>& row, float inv_temperature, Kept kept) {
   if (row.n == 0) return empty_row<float>();
   RunningSum run;
-  const Ahead<T> ahead(row.x, row.n, row.step, row.even);
   for (int64_t at = 0; at < row.n; at += kBlock) {
     const int64_t n = row.n - at < kBlock ? row.n - at : kBlock;
-    if (row.columns == nullptr) {
-      add_block<true, kWeighted>(run, row.x + at, n, inv_temperature, kept.e + at, &ahead, at);
-    } else {
-      gather(row, at, n, kept.e + at);
-      add_block<true, kWeighted>(run, kept.e + at, n, inv_temperature, kept.e + at);
-    }
+    gather(row, at, n, kept.e + at);
+    add_block<true, kWeighted>(run, kept.e + at, n, inv_temperature, kept.e + at);
     kept.tops[at / kBlock] = run.top;
   }
   return finish(run);
@@ -368,6 +442,46 @@ template <>
   }
   const double log_sum = std::log(sum);
   return {top, log_sum, log_sum - weighted / sum};
+}
+
+// A row's normaliser, and what its sum left for its gradient.
+enum class Left { nothing, powers, powers_kept, exponentials };
+
+template <class T>
+struct RowState {
+  Normalizer<acc_t<T>> z;
+  Left left = Left::nothing;
+  Guess guess{};                // unless `nothing` or `exponentials`
+  Kept kept{nullptr, nullptr};  // with powers_kept, e are the powers
+};
+
+// How many floats normalize_row may leave of n columns.
+inline constexpr int64_t floats_of(int64_t n) { return n + blocks_of(n); }
+
+// `room` is for floats_of(row.n), or for row.n where the columns are side by side, or null.
+// Without kWeighted there is no entropy.
+template <bool kWeighted, class T>
+GENREC_INLINE RowState<T> normalize_row(const RowView<T>& row, acc_t<T> inv_temperature,
+                                        float* room) {
+  RowState<T> state;
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    state.kept = {room, room + row.n};
+    if (row.columns == nullptr && row.n > 1) {
+      state.guess = room == nullptr ? guess_sum<false, kWeighted>(row, inv_temperature, nullptr)
+                                    : guess_sum<true, kWeighted>(row, inv_temperature, room);
+      if (state.guess.good) {
+        state.z = finish(state.guess, inv_temperature);
+        state.left = room == nullptr ? Left::powers : Left::powers_kept;
+        return state;
+      }
+    } else if (row.columns != nullptr && room != nullptr) {
+      state.z = normalize_list<kWeighted>(row, inv_temperature, state.kept);
+      state.left = Left::exponentials;
+      return state;
+    }
+  }
+  state.z = normalize(row, inv_temperature);
+  return state;
 }
 
 // log softmax of one logit.
@@ -463,6 +577,14 @@ struct GradRow {
   T* g;
   int64_t V;
   bool blank;
+  bool streamed;
+};
+
+// The gradient of the token's own column, which is not made like the others'; at -1 of none.
+template <class S>
+struct OwnColumn {
+  int64_t at;
+  S value;
 };
 
 template <class T>
@@ -471,37 +593,42 @@ GENREC_INLINE void zero(const GradRow<T>& out) {
 }
 
 // Writes the gradient of a whole row: by `slope` on the row's own columns, which
-// start at `first` where they are a range, and 0 elsewhere.  `kept` is what
-// normalize kept, or has no `e`.  The gradient may take the logits' own memory:
-// what a range still needs is never behind the writer, and lists of columns go
+// start at `first` where they are a range, `own` on the token's, and 0 elsewhere; that by the
+// entropy only where nothing is left of the row's sum.  The gradient may take the logits' own
+// memory: what a range still needs is never behind the writer, and lists of columns go
 // through a buffer.
 template <class T>
 static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out,
-                     const Normalizer<acc_t<T>>& z, acc_t<T> inv_temperature,
-                     RowSlopes<acc_t<T>> slope, Kept kept) {
+                     const RowState<T>& state, acc_t<T> inv_temperature, RowSlopes<acc_t<T>> slope,
+                     OwnColumn<acc_t<T>> own) {
   using S = acc_t<T>;
   if (row.columns != nullptr) {
     S* values = static_cast<S*>(std::malloc(sizeof(S) * static_cast<size_t>(row.n + kLanes)));
-    for (int64_t i = 0; i < row.n; ++i) values[i] = to_float(row.x[row.columns[i]]);
-    if (kept.e == nullptr) {
-      grad_block(values, values, row.n, z, inv_temperature, slope);
-    } else if constexpr (sizeof(S) == sizeof(float)) {
-      grad_kept(kept, row.n, z, inv_temperature, slope.logp, values);
+    if (state.left == Left::exponentials) {
+      if constexpr (sizeof(S) == sizeof(float))
+        grad_kept(state.kept, row.n, state.z, inv_temperature, slope.logp, values);
+    } else {
+      for (int64_t i = 0; i < row.n; ++i) values[i] = to_float(row.x[row.columns[i]]);
+      grad_block(values, values, row.n, state.z, inv_temperature, slope);
     }
     zero(out);
     for (int64_t i = 0; i < row.n; ++i) from_float(out.g + row.columns[i], values[i]);
     std::free(values);
+    if (own.at >= 0) from_float(out.g + own.at, own.value);
     return;
   }
-  if (!out.blank) zero(out.g, first);
-  T* g = out.g + first;
-  if (kept.e == nullptr) {
-    grad_block(row.x, g, row.n, z, inv_temperature, slope);
-  } else if constexpr (sizeof(S) == sizeof(float)) {
-    grad_kept(kept, row.n, z, inv_temperature, slope.logp, g);
-  }
   const int64_t last = first + row.n;
-  if (!out.blank) zero(out.g + last, out.V - last);
+  if (!out.blank) zero(out.g, first), zero(out.g + last, out.V - last);
+  T* g = out.g + first;
+  if constexpr (sizeof(S) == sizeof(float))
+    if (state.left != Left::nothing) {
+      const Columns<T> columns{g, row.n, own.at < 0 ? -1 : own.at - first, own.value, out.streamed};
+      const float factor = static_cast<float>(-slope.logp / state.guess.sum);
+      if (state.left == Left::powers_kept) return scale_kept(state.kept.e, columns, factor);
+      return scale_powers(row.x, columns, state.guess, factor);
+    }
+  grad_block(row.x, g, row.n, state.z, inv_temperature, slope);
+  if (own.at >= 0) from_float(out.g + own.at, own.value);
 }
 
 }  // namespace genrec::GENREC_ISA

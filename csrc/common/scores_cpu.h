@@ -39,8 +39,8 @@ bool holds(const RowView<T>& row, int64_t first, int64_t column) {
 
 // The gradient of one row, its token's own column included.
 template <class T>
-void write_grad(const Scores& in, int64_t n, int64_t t, const Normalizer<acc_t<T>>& z,
-                RowSlopes<acc_t<T>> slope, Kept kept, const GradRow<T>& out) {
+void write_grad(const Scores& in, int64_t n, int64_t t, const RowState<T>& state,
+                RowSlopes<acc_t<T>> slope, const GradRow<T>& out) {
   using S = acc_t<T>;
   int64_t first;
   const RowView<T> row = supported<T>(in, n, t, first);
@@ -52,13 +52,12 @@ void write_grad(const Scores& in, int64_t n, int64_t t, const Normalizer<acc_t<T
   // Also where the row is not a number.
   if (slope.logp == 0 && slope.entropy == 0) return zero(out);
   const S inv = static_cast<S>(in.inv_temperature);
-  S own = 0;
-  if (held) {
+  OwnColumn<S> own{-1, 0};
+  if (held) {  // before the row's own memory may be written
     const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
-    own = grad_token(log_softmax<S>(to_float(x[token]), z, inv), z, slope);
+    own = {token, grad_token(log_softmax<S>(to_float(x[token]), state.z, inv), state.z, slope)};
   }
-  grad_row(row, first, out, z, inv, slope, kept);
-  if (held) from_float(out.g + token, own);
+  grad_row(row, first, out, state, inv, slope, own);
 }
 
 // A sequence's exponentials are kept between its sums and its gradient where

@@ -24,7 +24,8 @@ namespace {
 // A new tensor for the gradient of logits [N, T, V]; `blank` where it holds zeros.
 struct Gradient {
   Tensor values;
-  bool blank;
+  bool blank = false;
+  bool streamed = false;  // so large that it is better written past the caches
 };
 
 // Whether rows are normalised over part of their columns.
@@ -105,7 +106,10 @@ inline Gradient new_gradient(const Tensor& like, const Scores& s) {
   if (is_supported(s) && V * element_size >= kLongRow)
     if (std::optional<Tensor> blank = new_blank(like, {N, T, V}, written_spans(s, element_size)))
       return {*blank, true};
-  return {new_whole(like, {N, T, V}), false};
+  // From there on little of it would be left in a cache for its reader, and to bring its lines in
+  // before they are written costs as much as to read the logits.
+  constexpr int64_t kStreamed = int64_t{32} << 20;
+  return {new_whole(like, {N, T, V}), false, N * T * V * element_size >= kStreamed};
 }
 
 #endif

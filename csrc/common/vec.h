@@ -299,6 +299,24 @@ GENREC_INLINE void store_pair(bf16_t* p, vfloat a, vfloat b) {
   std::memcpy(static_cast<void*>(p), &both, sizeof both);
 }
 
+// The same past the caches, to an address that whole vectors divide; their writer calls
+// `streamed` before anybody else reads them.
+#if defined(__AVX512F__) || defined(__AVX2__)
+inline constexpr bool kStreams = true;
+GENREC_INLINE void stream(void* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#else
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#endif
+}
+GENREC_INLINE void streamed() { _mm_sfence(); }
+#else
+inline constexpr bool kStreams = false;
+GENREC_INLINE void stream(void* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+GENREC_INLINE void streamed() {}
+#endif
+
 // The first n < kLanes elements, `fill` in the other lanes.
 template <class T>
 GENREC_INLINE vfloat load_some(const T* p, int n, float fill) {

@@ -51,8 +51,10 @@ struct SageLossArgs {
   SequenceArgs sequence;
   void* grad_logits = nullptr;  // null: no gradient wanted; may be the logits themselves
   int64_t grad_stride_n = 0, grad_stride_t = 0;
-  bool grad_is_zero = false;  // CPU only: it needs no zeros outside the support
-  void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
+  bool grad_is_zero = false;   // CPU only: it needs no zeros outside the support
+  bool grad_streamed = false;  // CPU only: it is written past the caches
+  bool with_entropy = true;    // that of `stats` is wanted; on CUDA it costs nothing
+  void* workspace = nullptr;   // CUDA only: S [N, T, kWorkspace]
 };
 
 // Between launches on CUDA: a row's maximum, log of its sum, entropy,

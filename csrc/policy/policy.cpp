@@ -174,13 +174,15 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
 
 // Both forms of the fused loss.  `into` is null, the logits, or a new tensor.
 std::tuple<Tensor, Tensor> run_sage_loss(const Rows& rows, const Sequences& q, const Gradient* into,
-                                         bool reduce) {
+                                         bool with_entropy, bool reduce) {
   SageLossArgs args{rows.scores, q.args};
+  args.with_entropy = with_entropy;
   if (into != nullptr) {
     args.grad_logits = into->values.mutable_data_ptr();
     args.grad_stride_n = into->values.stride(0);
     args.grad_stride_t = into->values.stride(1);
     args.grad_is_zero = into->blank;
+    args.grad_streamed = into->streamed;
   }
   const std::optional<Tensor> workspace = new_workspace(q.losses, rows.scores.N, rows.scores.T);
   args.workspace = memory_of(workspace);
@@ -196,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
     double eps_boost, double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode,
     double kl_weight, std::string kl, std::optional<double> clip_low,
     std::optional<double> clip_high, double early_clip, double temperature, double scale,
-    bool reduce, bool validate, bool with_grad) {
+    bool with_entropy, bool reduce, bool validate, bool with_grad) {
   const ObjectiveConfig k =
       make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode,
                      kl_weight, kl, clip_low, clip_high, early_clip, ref_logps.has_value());
@@ -205,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> sage_loss_forward(
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
-  const Gradient grad = with_grad ? new_gradient(logits, s)
-                                  : Gradient{new_tensor(logits, logits.scalar_type(), {0}), false};
-  auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, reduce);
+  const Gradient grad =
+      with_grad ? new_gradient(logits, s) : Gradient{new_tensor(logits, logits.scalar_type(), {0})};
+  auto [loss, stats] = run_sage_loss(rows, q, with_grad ? &grad : nullptr, with_entropy, reduce);
   return {loss, stats, grad.values};
 }
 
@@ -219,7 +221,7 @@ std::tuple<Tensor, Tensor> sage_loss_forward_(
     double eps_boost, double eps_neg, double entropy_penalty, bool bounded, std::string boost_mode,
     double kl_weight, std::string kl, std::optional<double> clip_low,
     std::optional<double> clip_high, double early_clip, double temperature, double scale,
-    bool reduce, bool validate) {
+    bool with_entropy, bool reduce, bool validate) {
   const ObjectiveConfig k =
       make_objective(objective, eps_pos, eps_boost, eps_neg, entropy_penalty, bounded, boost_mode,
                      kl_weight, kl, clip_low, clip_high, early_clip, ref_logps.has_value());
@@ -228,8 +230,8 @@ std::tuple<Tensor, Tensor> sage_loss_forward_(
   const Scores& s = rows.scores;
   const Sequences q = make_sequences(logits, s.N, s.T, accumulate_type(s.dtype), old_logps,
                                      advantages, mask, entropy, boost, ref_logps, k, scale);
-  const Gradient over{logits, false};
-  return run_sage_loss(rows, q, &over, reduce);
+  const Gradient over{logits};
+  return run_sage_loss(rows, q, &over, with_entropy, reduce);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sage_loss_from_logps_forward(

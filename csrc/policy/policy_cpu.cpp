@@ -15,6 +15,12 @@ namespace {
 
 using namespace genrec::policy;
 
+// Above by rounding alone; NaN stays.
+template <class S>
+S at_most_0(S logp) {
+  return logp > 0 ? S(0) : logp;
+}
+
 template <class T>
 void token_logps(const TokenLogpsArgs& a, int64_t first_n, int64_t last_n) {
   using S = acc_t<T>;
@@ -30,10 +36,10 @@ void token_logps(const TokenLogpsArgs& a, int64_t first_n, int64_t last_n) {
       }
       int64_t first;
       const RowView<T> row = supported<T>(in, n, t, first);
-      const Normalizer<S> z = normalize(row, inv);
+      const Normalizer<S> z = normalize_row<true>(row, inv, nullptr).z;
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
       static_cast<S*>(a.logps)[r] = holds(row, first, token)
-                                        ? log_softmax<S>(to_float(x[token]), z, inv)
+                                        ? at_most_0(log_softmax<S>(to_float(x[token]), z, inv))
                                         : static_cast<S>(kOutsideLogp);
       static_cast<S*>(a.entropy)[r] = z.entropy;
       norm[0] = z.top;
@@ -48,66 +54,53 @@ void token_logps_backward(const TokenLogpsBackwardArgs& a, int64_t first_n, int6
   const S inv = static_cast<S>(in.inv_temperature);
   for (int64_t r = first_n * in.T; r < last_n * in.T; ++r) {
     const S* norm = static_cast<const S*>(a.norm) + 2 * r;
-    const Normalizer<S> z{norm[0], norm[1], static_cast<const S*>(a.entropy)[r]};
+    RowState<T> state;
+    state.z = {norm[0], norm[1], static_cast<const S*>(a.entropy)[r]};
     const RowSlopes<S> slope{static_cast<const S*>(a.grad_logps)[r] * inv,
                              static_cast<const S*>(a.grad_entropy)[r] * inv};
-    write_grad<T>(in, r / in.T, r % in.T, z, slope, Kept{nullptr, nullptr},
-                  {static_cast<T*>(a.grad_logits) + r * in.V, in.V, a.grad_is_zero});
+    write_grad<T>(in, r / in.T, r % in.T, state, slope,
+                  {static_cast<T*>(a.grad_logits) + r * in.V, in.V, a.grad_is_zero, false});
   }
 }
 
-template <class T>
+template <class T, bool kWithEntropy>
 void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
   using S = acc_t<T>;
   const Scores& in = a.in;
   const S inv = static_cast<S>(in.inv_temperature);
-  // One sequence's rows: normaliser, log-probability and slope.
+  // One of a sequence's rows.
   struct Row {
-    Normalizer<S> z;
+    RowState<T> state;
     S logp, slope;
-    Kept kept;
   };
   Row* rows = static_cast<Row*>(std::malloc(sizeof(Row) * static_cast<size_t>(in.T)));
   Keeper keeper;
   for (int64_t n = first_n; n < last_n; ++n) {
-    bool keep = false;
-    if constexpr (sizeof(S) == sizeof(float)) {
-      int64_t floats = 0;
+    int64_t floats = 0;
+    if constexpr (sizeof(S) == sizeof(float))
       for (int64_t t = 0; a.grad_logits != nullptr && t < in.T; ++t) {
         if (!counts(in.mask, n * in.T + t)) continue;  // its bounds were not checked
         int64_t first;
-        const int64_t columns = supported<T>(in, n, t, first).n;
-        floats += columns + blocks_of(columns);
+        floats += floats_of(supported<T>(in, n, t, first).n);
       }
-      keep = floats > 0 && keeper.reserve(floats);
-    }
-    float* room = keeper.data();
+    float* room = floats > 0 && keeper.reserve(floats) ? keeper.data() : nullptr;
     S entropy = 0;
     int64_t count = 0;
     for (int64_t t = 0; t < in.T; ++t) {
-      rows[t].kept = {nullptr, nullptr};
       if (!counts(in.mask, n * in.T + t)) continue;
       int64_t first;
       const RowView<T> row = supported<T>(in, n, t, first);
       const int64_t token = in.tokens[n * in.T + t];
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
-      if constexpr (sizeof(S) == sizeof(float)) {
-        if (keep) {
-          rows[t].kept = {room, room + row.n};
-          room += row.n + blocks_of(row.n);
-          rows[t].z = normalize(row, inv, rows[t].kept);
-        } else {
-          rows[t].z = normalize(row, inv);
-        }
-      } else {
-        rows[t].z = normalize(row, inv);
-      }
-      rows[t].logp = holds(row, first, token) ? log_softmax<S>(to_float(x[token]), rows[t].z, inv)
-                                              : static_cast<S>(kOutsideLogp);
-      entropy += rows[t].z.entropy;
+      rows[t].state = normalize_row<kWithEntropy>(row, inv, room);
+      if (room != nullptr) room += floats_of(row.n);
+      rows[t].logp = holds(row, first, token)
+                         ? at_most_0(log_softmax<S>(to_float(x[token]), rows[t].state.z, inv))
+                         : static_cast<S>(kOutsideLogp);
+      entropy += rows[t].state.z.entropy;
       ++count;
     }
-    const S mean_entropy = count > 0 ? entropy / count : S(0);
+    const S mean_entropy = kWithEntropy && count > 0 ? entropy / count : S(0);
     keep_result(a.sequence, n,
                 sequence_loss<S>(
                     a.sequence, n, mean_entropy, [&](int64_t t) { return rows[t].logp; },
@@ -115,10 +108,11 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
     if (a.grad_logits == nullptr) continue;
     for (int64_t t = 0; t < in.T; ++t) {
       T* g = static_cast<T*>(a.grad_logits) + n * a.grad_stride_n + t * a.grad_stride_t;
-      write_grad<T>(in, n, t, rows[t].z, {rows[t].slope * inv, S(0)}, rows[t].kept,
-                    {g, in.V, a.grad_is_zero});
+      write_grad<T>(in, n, t, rows[t].state, {rows[t].slope * inv, S(0)},
+                    {g, in.V, a.grad_is_zero, a.grad_streamed});
     }
   }
+  if (a.grad_streamed) streamed();
   std::free(rows);
 }
 
@@ -204,7 +198,9 @@ void token_logps_backward_any(const TokenLogpsBackwardArgs& a, int64_t first, in
   by_dtype(a.in.dtype, [&]<class T>() { token_logps_backward<T>(a, first, last); });
 }
 void sage_loss_any(const SageLossArgs& a, int64_t first, int64_t last) {
-  by_dtype(a.in.dtype, [&]<class T>() { sage_loss<T>(a, first, last); });
+  by_dtype(a.in.dtype, [&]<class T>() {
+    a.with_entropy ? sage_loss<T, true>(a, first, last) : sage_loss<T, false>(a, first, last);
+  });
 }
 void sage_loss_from_logps_any(const SageFromLogpsArgs& a, int64_t first, int64_t last) {
   if (a.dtype == DType::f64) return sage_loss_from_logps<double>(a, first, last);

@@ -70,6 +70,7 @@ struct RowsArgs {
   void* logps = nullptr;        // S [N, T], each times its weight by `beam`
   void* grad_logits = nullptr;  // like logits, contiguous; null: no gradient wanted
   bool grad_is_zero = false;    // CPU only: it needs no zeros outside the support
+  bool grad_streamed = false;   // CPU only: it is written past the caches
 };
 
 // How many rows of `in` have more than one column.
@@ -104,6 +105,7 @@ struct PairwiseArgs {
   void* user_levels = nullptr;       // S [P, N], each user's L_t
   void* slopes = nullptr;            // S [N, C, T] or null: d loss / d logps
   void* grad_logits = nullptr;       // CPU: like logits, contiguous, or null
+  bool grad_streamed = false;        // CPU: it is written past the caches
 };
 
 struct FinishPairwiseArgs {

@@ -99,11 +99,12 @@ RowsResult run_rows(const Rows& rows, RowsArgs args, bool reduce, bool with_grad
   const ScalarType S = accumulate_type(s.dtype);
   const Tensor logps = new_tensor(rows.logits, S, {s.N, s.T});
   const Gradient grad =
-      with_grad ? new_gradient(rows.logits, s) : Gradient{nothing_like(rows.logits), false};
+      with_grad ? new_gradient(rows.logits, s) : Gradient{nothing_like(rows.logits)};
   args.in = s;
   args.logps = logps.mutable_data_ptr();
   args.grad_logits = with_grad ? grad.values.mutable_data_ptr() : nullptr;
   args.grad_is_zero = grad.blank;
+  args.grad_streamed = grad.streamed;
   run(kernels().rows, args, s.N, work_of(s), rows.logits);
 
   Tensor loss = reduce ? new_tensor(logps, S, {}) : new_tensor(logps, S, {s.N});
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_pairwise_loss_forward(
   // On the CPU doubles, between its two passes.
   const Tensor logps = new_tensor(logits, kOnHost ? ScalarType::Double : S, {s.N, s.T});
   const Tensor slopes = new_tensor(logits, S, {with_grad ? s.N : 0, s.T});
-  const Gradient grad = with_grad ? new_gradient(logits, s) : Gradient{nothing_like(logits), false};
+  const Gradient grad = with_grad ? new_gradient(logits, s) : Gradient{nothing_like(logits)};
   c.args.in = s;
   c.args.logps = logps.mutable_data_ptr();
   c.args.wide_logps = kOnHost;
@@ -247,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_pairwise_loss_forward(
         s.N, work_of(s), logits);
 #else
   c.args.grad_logits = with_grad ? grad.values.mutable_data_ptr() : nullptr;
+  c.args.grad_streamed = grad.streamed;
   run(kernels().pairwise, c.args, s.N, work_of(s), logits);
 #endif
   auto [loss, levels] = finish_candidates(c, S);

@@ -151,54 +151,6 @@ double kth_largest(const RowView<double>& row, int64_t k) {
   return x;
 }
 
-// ---- a row ----
-
-// How a row's gradient will be made from what its sum left.
-enum class From { powers_kept, powers, row };
-
-template <class T>
-struct RowState {
-  Normalizer<acc_t<T>> z;
-  Guess guess;
-  From from;
-};
-
-// Normalises columns side by side.  With `kept`, leaves their powers there if the guess was
-// good.
-template <class T>
-RowState<T> normalize_side_by_side(const RowView<T>& row, float inv, float* kept) {
-  RowState<T> state;
-  state.guess =
-      kept == nullptr ? guess_sum<false>(row, inv, nullptr) : guess_sum<true>(row, inv, kept);
-  if (state.guess.good) {
-    state.z = finish(state.guess, inv);
-    state.from = kept == nullptr ? From::powers : From::powers_kept;
-  } else {
-    state.z = normalize(row, inv);
-    state.from = From::row;
-  }
-  return state;
-}
-
-// The gradient of a row of V columns side by side, its token's included: `slope` is
-// that by the token's log-probability over the temperature.
-template <class T>
-void write_side_by_side(const T* x, T* g, int64_t V, int64_t token, const RowState<T>& row,
-                        float inv, float slope, const float* kept) {
-  if (slope == 0) return zero(g, V);
-  // Before the row's own memory may be written.
-  const float own =
-      grad_token<float>(log_softmax<float>(to_float(x[token]), row.z, inv), row.z, {slope, 0});
-  const float factor = static_cast<float>(-slope / row.guess.sum);
-  if (row.from == From::powers_kept)
-    scale_kept(kept, g, V, factor);
-  else if (row.from == From::powers)
-    scale_powers(x, g, V, row.guess, factor);
-  else
-    grad_block(x, g, V, row.z, inv, {slope, 0});
-  from_float(g + token, own);
-}
-
 // ---- pointwise ----
 
 template <class T>
@@ -217,29 +169,13 @@ void rows(const RowsArgs& a, int64_t first_n, int64_t last_n) {
       int64_t first;
       const RowView<T> row = supported<T>(in, n, t, first);
       T* g = with_grad ? static_cast<T*>(a.grad_logits) + r * in.V : nullptr;
-      Kept kept{nullptr, nullptr};
-      RowState<T> state;
-      state.from = From::row;
-      float* powers = nullptr;
-      if constexpr (sizeof(S) == sizeof(float)) {
-        if (whole) {
-          // Floats are kept where the gradient will be, others beside it while they fit.
-          if constexpr (sizeof(T) == sizeof(float))
-            powers = g;
-          else if (with_grad && keeper.reserve(row.n))
-            powers = keeper.data();
-          state = normalize_side_by_side(row, inv, powers);
-        } else if (with_grad && keeper.reserve(row.n + blocks_of(row.n))) {
-          kept = {keeper.data(), keeper.data() + row.n};
-          state.z = normalize<T, false>(row, inv, kept);
-        } else if (row.columns == nullptr && row.n > 1) {
-          state.z = normalize_plain(row, inv);
-        } else {
-          state.z = normalize(row, inv);
-        }
-      } else {
-        state.z = normalize(row, inv);
-      }
+      // Floats are kept where the gradient will be, if it stays in a cache; others beside it
+      // while they fit.
+      float* room = nullptr;
+      if constexpr (sizeof(T) == sizeof(float))
+        if (whole && !a.grad_streamed) room = g;
+      if (room == nullptr && with_grad && keeper.reserve(floats_of(row.n))) room = keeper.data();
+      const RowState<T> state = normalize_row<false>(row, inv, room);
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
       S logp = holds(row, first, token) ? log_softmax<S>(to_float(x[token]), state.z, inv)
                                         : static_cast<S>(kOutsideLogp);
@@ -257,13 +193,9 @@ void rows(const RowsArgs& a, int64_t first_n, int64_t last_n) {
       if (!with_grad) continue;
       const double factor = a.factors.of_token<S>(t) * a.outer.of_user<S>(n) / choices;
       const S slope = static_cast<S>(-factor * weight) * inv;
-      if constexpr (sizeof(S) == sizeof(float))
-        if (whole) {
-          write_side_by_side(row.x, g, in.V, token, state, inv, slope, powers);
-          continue;
-        }
-      write_grad<T>(in, n, t, state.z, {slope, S(0)}, kept, {g, in.V, a.grad_is_zero});
+      write_grad<T>(in, n, t, state, {slope, S(0)}, {g, in.V, a.grad_is_zero, a.grad_streamed});
     }
+  if (a.grad_streamed) streamed();
 }
 
 template <class T>
@@ -344,17 +276,13 @@ void pairwise(const PairwiseArgs& a, int64_t first_n, int64_t last_n) {
     // Where floats are kept until the slopes are known.
     const auto kept = [&](int64_t r) -> float* {
       if constexpr (sizeof(T) == sizeof(float))
-        if (grad != nullptr) return grad + r * in.V;
+        if (grad != nullptr && !a.grad_streamed) return grad + r * in.V;
       return nullptr;
     };
     for (int64_t r = 0; r < in.T; ++r) {
       const T* x = x_of(r);
       const RowView<T> row{x, nullptr, in.V, in.stride_t};
-      if constexpr (sizeof(S) == sizeof(float)) {
-        states[r] = normalize_side_by_side(row, inv, kept(r));
-      } else {
-        states[r].z = normalize(row, inv);
-      }
+      states[r] = normalize_row<false>(row, inv, kept(r));
       // A small prefix temperature magnifies what a float would round off.
       const double logp =
           log_softmax<double>(to_float(x[in.tokens[n * in.T + r]]),
@@ -364,16 +292,11 @@ void pairwise(const PairwiseArgs& a, int64_t first_n, int64_t last_n) {
     pairwise_user<S>(a, n, powers);
     if (grad == nullptr) continue;
     const S* slopes = static_cast<const S*>(a.slopes) + n * in.T;
-    for (int64_t r = 0; r < in.T; ++r) {
-      T* g = grad + r * in.V;
-      if constexpr (sizeof(S) == sizeof(float))
-        write_side_by_side(x_of(r), g, in.V, in.tokens[n * in.T + r], states[r], inv,
-                           slopes[r] * inv, kept(r));
-      else
-        write_grad<T>(in, n, r, states[r].z, {slopes[r] * inv, S(0)}, Kept{nullptr, nullptr},
-                      {g, in.V, false});
-    }
+    for (int64_t r = 0; r < in.T; ++r)
+      write_grad<T>(in, n, r, states[r], {slopes[r] * inv, S(0)},
+                    {grad + r * in.V, in.V, false, a.grad_streamed});
   }
+  if (a.grad_streamed) streamed();
   std::free(powers);
   std::free(states);
 }

@@ -378,6 +378,7 @@ def sage_loss(
         "reduction": config.reduction,
         "normalizer": normalizer,
         "validate": validate,
+        "with_entropy": return_stats,
     }
     if inplace_grad:
         loss, stats = _sage_loss_inplace(logits, tokens, old_logps, advantages, arguments)
@@ -430,6 +431,7 @@ def _sage_loss_in_two_steps(
     """
     scoring = {name: arguments[name] for name in (*SUPPORT, "temperature", "validate", "mask")}
     rest = {name: value for name, value in arguments.items() if name not in scoring}
+    del rest["with_entropy"]  # it is there anyway
     logps, token_entropy = torch.ops.genrec.token_logps(logits, tokens, **scoring)
     loss, stats = _from_logps(logps, old_logps, advantages, mask=arguments["mask"], **rest)
     mask = arguments["mask"]
@@ -444,7 +446,7 @@ def _sage_loss(
     logits: Tensor, tokens: Tensor, old_logps: Tensor, advantages: Tensor, **given: Any
 ) -> Tensor:
     """The body of torch.ops.genrec.sage_loss; the dispatcher leaves defaults out."""
-    arguments = {**_OPERATOR_DEFAULTS, **given}
+    arguments = {**_OPERATOR_DEFAULTS, "with_entropy": False, **given}
     return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)[0]
 
 
