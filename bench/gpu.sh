@@ -2,42 +2,81 @@
 # Everything that needs a GPU, in one command: build, the operators' tests on the
 # device, compute-sanitizer, benchmarks.  Under 20 minutes in all on one GPU.
 #
-#   bench/gpu.sh [--dry-run] [build] [test] [sanitize] [bench]     default: all four
+#   bench/gpu.sh [--dry-run] [--seconds N] [build] [test] [sanitize] [bench]   default: all four
 #
-# Logs, tables and pictures go to $OUT (default: bench/results/gpu).  Needs an
-# environment with a CUDA build of torch, nvcc, cmake, ninja, pybind11, pytest and
-# hypothesis ($PYTHON, default python3); nothing is fetched.  --dry-run does on the
-# CPU what can be done there, to see that the script itself works.
+# What comes of it lies in $OUT (default: bench/results/gpu) from each step's end on, a few
+# files in all: summary.txt, the tables, and everything in gpu.tar.gz.  With --seconds it ends
+# within N seconds: a step but the build is cut off there, later ones are left out and named.  On a
+# machine that is lent for ten minutes a command, `--seconds 570 build test bench`, then
+# `--seconds 570 sanitize`.  Needs an environment with a CUDA build of torch, nvcc, cmake, ninja,
+# pybind11, pytest and hypothesis ($PYTHON, default python3); nothing is fetched.  --dry-run does
+# on the CPU what can be done there, to see that the script itself works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
+LOGS=build/gpu-logs
 DEVICE=cuda
+LIMIT=
 stages=()
-for word in "$@"; do
-  case "$word" in
+while [ $# -gt 0 ]; do
+  case "$1" in
     --dry-run) DEVICE=cpu ;;
-    build | test | sanitize | bench) stages+=("$word") ;;
-    *) echo "gpu.sh: unknown word $word" >&2; exit 2 ;;
+    --seconds)
+      LIMIT=${2:-}
+      [[ "$LIMIT" =~ ^[1-9][0-9]*$ ]] || { echo "gpu.sh: --seconds takes a number, got '$LIMIT'" >&2; exit 2; }
+      shift
+      ;;
+    build | test | sanitize | bench) stages+=("$1") ;;
+    *) echo "gpu.sh: unknown word $1" >&2; exit 2 ;;
   esac
+  shift
 done
 [ ${#stages[@]} -eq 0 ] && stages=(build test sanitize bench)
-mkdir -p "$OUT"
+rm -rf "$LOGS"
+mkdir -p "$OUT" "$LOGS"
+: >"$LOGS/summary.txt"
+touch "$LOGS/started"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
 failed=()
 
+say() { echo "$@" | tee -a "$LOGS/summary.txt"; }
+
+# What there is so far, to $OUT.
+hand_out() {
+  local kind=cuda table
+  [ "$DEVICE" = cpu ] && kind=quick
+  for table in bench/results/{sage,prefix,tokenizer,trie}-$kind.*; do
+    [ "$table" -nt "$LOGS/started" ] && cp "$table" "$LOGS"
+  done
+  cp "$LOGS"/*-$kind.md "$LOGS/summary.txt" "$OUT" 2>/dev/null
+  tar -czf "$OUT/gpu.tar.gz" -C "$LOGS" .
+}
+
 # step NAME COMMAND...: runs it with a log of its own; a failure is kept for the end.
 step() {
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS cut=()
   shift
-  echo "== $name: $*"
-  if "$@" >"$OUT/$name.log" 2>&1; then
-    echo "   ok, $((SECONDS - start)) s: $(tail -n 1 "$OUT/$name.log")"
+  if [ -n "$LIMIT" ]; then
+    local left=$((LIMIT - SECONDS - 5))
+    if [ "$left" -lt 10 ]; then
+      say "== $name: left out, no time"
+      failed+=("$name")
+      return
+    fi
+    cut=(timeout -k 5 "$left")
+  fi
+  say "== $name: $*"
+  # A function of this file is for this shell; whatever else it may be cut off.
+  [ "$(type -t "$1")" = function ] && cut=()
+  if ${cut[@]+"${cut[@]}"} "$@" >"$LOGS/$name.log" 2>&1; then
+    say "   ok, $((SECONDS - start)) s: $(tail -n 1 "$LOGS/$name.log")"
   else
-    echo "   FAILED, $((SECONDS - start)) s"
-    tail -n 25 "$OUT/$name.log"
+    say "   FAILED, $((SECONDS - start)) s"
+    tail -n 25 "$LOGS/$name.log"
     failed+=("$name")
   fi
+  hand_out
 }
 
 build() {
@@ -95,10 +134,10 @@ for stage in "${stages[@]}"; do
         step bench_prefix "$PYTHON" bench/bench_prefix.py --device cuda
         step bench_tokenizer "$PYTHON" bench/bench_tokenizer.py --device cuda
         step bench_trie "$PYTHON" bench/bench_trie.py step --device cuda
-        cp bench/results/{sage,prefix,tokenizer,trie}-cuda.* "$OUT"/ 2>/dev/null
       fi
       ;;
   esac
 done
-echo "== ${#failed[@]} of the steps failed${failed[*]:+: ${failed[*]}}"
+say "== ${#failed[@]} of the steps failed or were left out${failed[*]:+: ${failed[*]}}"
+hand_out
 [ ${#failed[@]} -eq 0 ]

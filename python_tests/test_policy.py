@@ -258,6 +258,14 @@ def test_a_gradient_too_large_for_caches_has_the_bits_of_its_parts(ours, dtype, 
     _, want = loss_and_grad(ours.sage_loss, *parts, **settings)
     assert torch.equal(grad[kept], want) and want.abs().sum() > 0
 
+    def logps(logits, tokens):
+        found, entropy = ours.token_logps(logits, tokens)
+        return (found.double() * advantages[0] - (entropy if N % 2 else 0)).sum()
+
+    _, grad = loss_and_grad(logps, logits, tokens)
+    _, want = loss_and_grad(logps, logits[kept], tokens[kept])
+    assert torch.equal(grad[kept], want) and want.abs().sum() > 0
+
 
 def test_a_long_row_of_minus_infinity_before_one_finite_logit(ours):
     logits = torch.full((1, 1, 5000), -math.inf)

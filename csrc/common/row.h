@@ -332,8 +332,8 @@ template <class G>
 struct Columns {
   G* g;
   int64_t n;
-  int64_t own_at;  // the column of `own` whatever the others are made of, or -1
-  float own;
+  int64_t own_at;  // the column of `own`, whatever the others are made of; or -1
+  acc_t<G> own;
   bool streamed;  // past the caches, where memory is worth more than what they hold
 };
 
@@ -500,41 +500,47 @@ struct RowSlopes {
 };
 
 template <class E, class G>
-GENREC_INLINE void grad_block(const E* x, G* g, int64_t n, const Normalizer<float>& z,
+GENREC_INLINE void grad_block(const E* x, const Columns<G>& out, const Normalizer<float>& z,
                               float inv_temperature, RowSlopes<float> slope) {
   const vfloat top = splat(z.top), rate = splat(inv_temperature * kLog2e);
   const vfloat log2_sum = splat(z.log_sum * kLog2e), ln2 = splat(static_cast<float>(kLn2));
   const vfloat minus_a = splat(-slope.logp), minus_b = splat(-slope.entropy);
-  const auto one = [&](vfloat v) __attribute__((always_inline)) {
-    const vfloat t = (v - top) * rate - log2_sum, held = hold(t);
-    const vfloat p = exp2_held(t, held);
-    if (slope.entropy == 0) return minus_a * p;
-    return p * (minus_a + minus_b * (held * ln2 + z.entropy));
-  };
-  int64_t i = 0;
   const bool number = z.log_sum == z.log_sum && z.top < INFINITY && slope.logp == slope.logp &&
                       slope.entropy == slope.entropy;  // then no value is NaN
-  for (; number && i + 2 * kLanes <= n; i += 2 * kLanes) {
-    prefetch(x + i + kBlock);
-    if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
-    vfloat a, b;
-    load_pair(x + i, a, b);
-    store_pair(g + i, one(a), one(b));
-  }
-  for (; i + kLanes <= n; i += kLanes) store_floats(g + i, one(load_floats(x + i)));
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    store_some(g + i, one(load_some(x + i, rest, -INFINITY)), rest);
+  const auto write = [&](const auto& one) __attribute__((always_inline)) {
+    write_columns(
+        out, number,
+        [&](int64_t i, vfloat& a, vfloat& b) __attribute__((always_inline)) {
+          prefetch(x + i + kBlock);
+          if (sizeof(E) * kLanes >= 64) prefetch(x + i + kLanes + kBlock);
+          load_pair(x + i, a, b);
+          a = one(a), b = one(b);
+        },
+        [&](int64_t i, int count) __attribute__((always_inline)) {
+          return one(count == kLanes ? load_floats(x + i) : load_some(x + i, count, -INFINITY));
+        });
+  };
+  if (slope.entropy == 0) {
+    write([&](vfloat v) __attribute__((always_inline)) {
+      return minus_a * exp2_any((v - top) * rate - log2_sum);
+    });
+  } else {
+    write([&](vfloat v) __attribute__((always_inline)) {
+      const vfloat t = (v - top) * rate - log2_sum, held = hold(t);
+      return exp2_held(t, held) * (minus_a + minus_b * (held * ln2 + z.entropy));
+    });
   }
 }
 
-GENREC_INLINE void grad_block(const double* x, double* g, int64_t n, const Normalizer<double>& z,
-                              double inv_temperature, RowSlopes<double> slope) {
-  for (int64_t i = 0; i < n; ++i) {
+GENREC_INLINE void grad_block(const double* x, const Columns<double>& out,
+                              const Normalizer<double>& z, double inv_temperature,
+                              RowSlopes<double> slope) {
+  for (int64_t i = 0; i < out.n; ++i) {
     const double logp = log_softmax(x[i], z, inv_temperature), p = std::exp(logp);
     const double spread = p == 0 || slope.entropy == 0 ? 0 : p * (logp + z.entropy);
-    g[i] = -slope.logp * p - slope.entropy * spread;
+    out.g[i] = -slope.logp * p - slope.entropy * spread;
   }
+  if (out.own_at >= 0) out.g[out.own_at] = out.own;
 }
 
 template <class S>
@@ -609,7 +615,7 @@ static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out
         grad_kept(state.kept, row.n, state.z, inv_temperature, slope.logp, values);
     } else {
       for (int64_t i = 0; i < row.n; ++i) values[i] = to_float(row.x[row.columns[i]]);
-      grad_block(values, values, row.n, state.z, inv_temperature, slope);
+      grad_block(values, Columns<S>{values, row.n, -1, 0, false}, state.z, inv_temperature, slope);
     }
     zero(out);
     for (int64_t i = 0; i < row.n; ++i) from_float(out.g + row.columns[i], values[i]);
@@ -619,16 +625,14 @@ static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out
   }
   const int64_t last = first + row.n;
   if (!out.blank) zero(out.g, first), zero(out.g + last, out.V - last);
-  T* g = out.g + first;
-  if constexpr (sizeof(S) == sizeof(float))
-    if (state.left != Left::nothing) {
-      const Columns<T> columns{g, row.n, own.at < 0 ? -1 : own.at - first, own.value, out.streamed};
-      const float factor = static_cast<float>(-slope.logp / state.guess.sum);
-      if (state.left == Left::powers_kept) return scale_kept(state.kept.e, columns, factor);
-      return scale_powers(row.x, columns, state.guess, factor);
-    }
-  grad_block(row.x, g, row.n, state.z, inv_temperature, slope);
-  if (own.at >= 0) from_float(out.g + own.at, own.value);
+  const Columns<T> columns{out.g + first, row.n, own.at < 0 ? -1 : own.at - first, own.value,
+                           out.streamed};
+  if constexpr (sizeof(S) == sizeof(float)) {
+    const float factor = static_cast<float>(-slope.logp / state.guess.sum);
+    if (state.left == Left::powers_kept) return scale_kept(state.kept.e, columns, factor);
+    if (state.left == Left::powers) return scale_powers(row.x, columns, state.guess, factor);
+  }
+  grad_block(row.x, columns, state.z, inv_temperature, slope);
 }
 
 }  // namespace genrec::GENREC_ISA

@@ -28,6 +28,7 @@ struct TokenLogpsBackwardArgs {
   const void* grad_entropy = nullptr;  // S [N, T]
   void* grad_logits = nullptr;         // like logits, contiguous
   bool grad_is_zero = false;           // CPU only: it needs no zeros outside the support
+  bool grad_streamed = false;          // CPU only: it is written past the caches
 };
 
 inline constexpr int kStats = 6;  // ratio, coefficient, capped share, entropy, p, divergence

@@ -167,7 +167,8 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
                                     by_logps.const_data_ptr(),
                                     by_entropy.const_data_ptr(),
                                     grad.values.mutable_data_ptr(),
-                                    grad.blank};
+                                    grad.blank,
+                                    grad.streamed};
   run(kernels().token_logps_backward, args, N, work_of(rows.scores), logits);
   return grad.values;
 }
