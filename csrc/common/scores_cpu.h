@@ -10,6 +10,14 @@
 namespace genrec::GENREC_ISA {
 namespace {
 
+// Whether a list is a range, as that of a catalogue's first level most often is.
+inline bool side_by_side(const int32_t* list, int64_t n) {
+  if (n == 0 || list[n - 1] - int64_t{list[0]} != n - 1) return false;
+  int32_t gaps = 0;  // that, and equal neighbours
+  for (int64_t i = 1; i < n; ++i) gaps |= (list[i] - list[i - 1]) ^ 1;
+  return gaps == 0;
+}
+
 // The supported columns of row (n, t), and where a range of them begins.
 template <class T>
 RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
@@ -20,7 +28,11 @@ RowView<T> supported(const Scores& in, int64_t n, int64_t t, int64_t& first) {
   first = 0;
   if (s.begin != nullptr) {  // an empty `columns` is null
     const int64_t r = n * in.T + t;
-    return {x, s.columns + s.begin[r], s.end[r] - s.begin[r], step};
+    const int32_t* list = s.columns + s.begin[r];
+    const int64_t count = s.end[r] - s.begin[r];
+    if (!side_by_side(list, count)) return {x, list, count, step};
+    first = list[0];
+    return {x + first, nullptr, count, 0, false};  // where the next row is read is not known
   }
   if (s.ranges != nullptr) {
     first = s.ranges[2 * t];
@@ -42,13 +54,12 @@ template <class T>
 void write_grad(const Scores& in, int64_t n, int64_t t, const RowState<T>& state,
                 RowSlopes<acc_t<T>> slope, const GradRow<T>& out) {
   using S = acc_t<T>;
+  if (!counts(in.mask, n * in.T + t)) return zero(out);  // its bounds were not checked
   int64_t first;
   const RowView<T> row = supported<T>(in, n, t, first);
   const int64_t token = in.tokens[n * in.T + t];
-  const bool counted = counts(in.mask, n * in.T + t);
-  const bool held = counted && holds(row, first, token);
+  const bool held = holds(row, first, token);
   if (!held) slope.logp = 0;
-  if (!counted) slope.entropy = 0;
   // Also where the row is not a number.
   if (slope.logp == 0 && slope.entropy == 0) return zero(out);
   const S inv = static_cast<S>(in.inv_temperature);
