@@ -228,6 +228,47 @@ def test_rows_whose_first_logits_say_little_of_the_others(ours, dtype, V):
     assert_matches(ours, rows, tokens, old, advantages)
 
 
+@pytest.mark.parametrize("columns, height", ((90, 16.0), (90, 15.5), (60, 16.3), (300, 14.0)))
+def test_entropy_keeps_its_digits_where_the_first_logits_mislead(ours, columns, height):
+    logits = 0.01 * torch.randn(1, 1, 4100, generator=torch.Generator().manual_seed(0))
+    logits[..., 100 : 100 + 10 * columns : 10] += height
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    found, want = (
+        f.token_logps(x, token)[1].double()
+        for f, x in ((ours, logits), (reference, logits.double()))
+    )
+    assert torch.allclose(found, want, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("V", (32, 33, 48, 100, 127, 1000, 1056, 40_000))
+def test_the_ratio_on_policy_is_one_to_the_bit(ours, dtype, V):
+    """Whether a gradient is made, and how, changes no log-probability."""
+    g = torch.Generator().manual_seed(V)
+    logits = (2 * torch.randn(64, 4, V, generator=g)).to(dtype)
+    tokens = torch.randint(0, V, (64, 4), generator=g)
+    old, _ = ours.token_logps(logits, tokens)
+    config = SageConfig(bounded=False)
+    arguments = (tokens, old, -torch.ones(64))
+    leaf = logits.clone().requires_grad_()
+    loss, stats = ours.sage_loss(leaf, *arguments, config=config, return_stats=True)
+    assert stats.capped_negative == 0 and stats.ratio == 1
+    assert torch.equal(loss.detach(), ours.sage_loss(logits, *arguments, config=config))
+
+
+@pytest.mark.parametrize("temperature", (1e-30, 1e-3, 1e30, 5e37))
+def test_temperatures_at_the_ends_of_a_float(ours, temperature):
+    logits, tokens, _, advantages = batch(N=3, T=2, V=1000, spread=1.0)
+    logits *= min(temperature, 1e37)
+    logps, entropy = ours.token_logps(logits, tokens, temperature=temperature)
+    want = reference.token_logps(logits.double(), tokens, temperature=temperature)
+    assert torch.allclose(logps.double(), want[0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(entropy.double(), want[1], rtol=1e-5, atol=1e-5)
+    config = SageConfig(temperature=temperature)
+    loss, grad = loss_and_grad(ours.sage_loss, logits, tokens, logps, advantages, config=config)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
 def test_statistics_change_no_bit_of_the_loss(ours):
     logits, tokens, old, advantages = batch(N=16, T=3, V=500)
     logits[:, :, -1] += 12  # where the entropy needs a second look
@@ -1129,6 +1170,55 @@ assert torch.equal(used, first)
     )
 
 
+@mapped
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a call of Linux")
+def test_memory_of_a_gradient_is_cleared_where_another_process_wrote(tmp_path):
+    """Its pages come without a fault of ours."""
+    code = """
+import ctypes, os, sys, torch
+torch.set_num_threads(1)
+import genrec_ext
+libc = ctypes.CDLL(None, use_errno=True)
+class Part(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+try:  # some systems let nobody but an ancestor write
+    libc.prctl(0x59616D61, ctypes.c_ulong(2**64 - 1), 0, 0, 0)
+except AttributeError:
+    pass
+logits, tokens = torch.randn(4, 3, 50_000), torch.full((4, 3), 5)
+def gradient():
+    leaf = logits.detach().requires_grad_()
+    ranges = [[0, 64]] * 3
+    loss = genrec_ext.sage_loss(leaf, tokens, tokens - 8.0, torch.ones(4), ranges=ranges)
+    return torch.autograd.grad(loss, leaf)[0]
+asked, ask = os.pipe()
+answered, answer = os.pipe()
+if os.fork() == 0:
+    while True:
+        address = os.read(asked, 8)
+        if len(address) < 8:
+            os._exit(0)
+        text = ctypes.create_string_buffer(b"A" * 64)
+        mine = Part(ctypes.addressof(text), 64)
+        theirs = Part(int.from_bytes(address, "little"), 64)
+        n = libc.process_vm_writev(
+            os.getppid(), ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0
+        )
+        os.write(answer, int(n == 64).to_bytes(1, "little"))
+for step in range(60):
+    grad = gradient()
+    assert step % 20 != 19 or not grad[..., 64:].any(), step
+    os.write(ask, (grad.data_ptr() + 120_000).to_bytes(8, "little"))
+    if os.read(answered, 1) != b"\\1":
+        sys.exit(77)
+    del grad
+"""
+    ran = subprocess.run([sys.executable, "-c", code], timeout=300, cwd=tmp_path)
+    if ran.returncode == 77:
+        pytest.skip("not allowed to write into another process here")
+    assert ran.returncode == 0
+
+
 def test_gradients_of_several_threads_do_not_share_memory():
     gradients = [supported_gradient(V, seed=V) for V in (70_000, 70_000, 80_000, 90_000)]
     wanted = [gradient().clone() for gradient in gradients]
@@ -1265,11 +1355,19 @@ def test_bounds_of_masked_rows_may_be_anything_also_when_the_loss_is_scaled():
         )
         return torch.autograd.grad(factor * loss, logits)[0]
 
-    want = gradient(1.0)
-    for bounds in ((0, 10**9), (-5, 60), (-9, -1), (100_000, 20_000_000), (0, 52), (40, 10)):
+    def by_logps():
+        found = genrec_ext.token_logps(
+            logits, arguments[0], mask=mask, columns=(columns, begin, end)
+        )
+        return torch.autograd.grad(found[0].sum() + found[1].sum(), logits)[0]
+
+    want, want_by_logps = gradient(1.0), by_logps()
+    wild = (-(10**15), 10**15)
+    for bounds in ((0, 10**9), (-5, 60), (-9, -1), (100_000, 20_000_000), (0, 52), (40, 10), wild):
         begin[2, 0], end[2, 0] = bounds
         begin[0, 1], end[0, 1] = bounds
         torch.testing.assert_close(gradient(2.0), 2 * want)
+        assert torch.equal(by_logps(), want_by_logps)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <new>
@@ -133,10 +134,42 @@ bool for_each_written(char* data, int64_t bytes, Use use) {
   return going_on;
 }
 
-// How many page faults all threads of this process have had; none of another process count.
-int64_t faults_so_far() {
+// A process's /proc/self/statm, which stays open: the process, and the file in the lower half.  A
+// forked process opens its own.
+std::atomic<int64_t> statm{-1};
+
+int open_statm(int64_t process) {
+  int64_t known = statm.load();
+  if (known >= 0 && known >> 32 == process) return static_cast<int>(known & 0xffffffff);
+  const int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+  if (file >= 0 && !statm.compare_exchange_strong(known, process << 32 | file)) {
+    close(file);  // another thread was first; the next call finds its file
+    return -1;
+  }
+  return file;
+}
+
+// Of this process so far; the number of pages is exact from Linux 6.16 on, and nearly so before.
+Arrivals arrivals() {
+  Arrivals now;
+  now.process = getpid();
+  const int file = open_statm(now.process);
+  char text[128];
+  const ssize_t length = file < 0 ? 0 : pread(file, text, sizeof text - 1, 0);
+  text[length > 0 ? length : 0] = 0;
+  char* end = text;
+  std::strtoll(end, &end, 10);  // the address space
+  now.pages = std::strtoll(end, &end, 10);
   rusage usage;
-  return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_minflt} + usage.ru_majflt : -1;
+  if (*end != ' ' || getrusage(RUSAGE_SELF, &usage) != 0) return {};
+  now.faults = int64_t{usage.ru_minflt} + usage.ru_majflt;
+  return now;
+}
+
+bool none_since(const Arrivals& then) {
+  if (then.process < 0) return false;
+  const Arrivals now = arrivals();
+  return now.process == then.process && now.faults == then.faults && now.pages == then.pages;
 }
 
 // The pages of `written`, each once, or none where there is nothing to keep or too much.
@@ -160,15 +193,14 @@ std::vector<Span> pages_of(const std::vector<Span>& written, int64_t page, int64
 // hold anything; false where it cannot, or where too much would stay.
 bool cleared(Blank& blank, const std::vector<Span>& written) {
   char* data = static_cast<char*>(blank.data);
-  // Nobody in this process has written to a page that held no memory yet without a fault.
-  if (!blank.resident.empty() && blank.process == getpid() && blank.faults == faults_so_far()) {
-    for (const Span& span : blank.resident)
+  if (!blank.own.empty() && none_since(blank.before)) {
+    for (const Span& span : blank.own)
       std::memset(data + span.begin, 0, static_cast<size_t>(span.end - span.begin));
     return true;
   }
   const int64_t page = sysconf(_SC_PAGESIZE), end = (blank.bytes + page - 1) / page * page;
-  blank.resident = pages_of(written, page, end);
-  const std::vector<Span>& kept = blank.resident;
+  blank.own = pages_of(written, page, end);
+  const std::vector<Span>& kept = blank.own;
   if (kept.empty()) return false;
 
   // The pages from `first` to `last`, where each call begins no earlier than the last one ended.
@@ -192,7 +224,7 @@ bool cleared(Blank& blank, const std::vector<Span>& written) {
   if (for_each_written(data, end, clear)) return true;
   next = kept.cbegin();
   const bool done = clear(0, end);
-  blank.resident.clear();  // a system that cannot tell its pages may not count its faults either
+  blank.own.clear();  // a system that cannot tell its pages may not count its faults either
   return done;
 }
 
@@ -247,8 +279,7 @@ Blank map_blank(int64_t bytes) {
   Blank blank = zeros.take(bytes, bytes);
   if (blank.data != nullptr) {
 #if defined(__linux__)
-    blank.process = getpid();
-    blank.faults = faults_so_far();
+    blank.before = arrivals();
 #endif
     return blank;
   }

@@ -31,12 +31,18 @@ struct Span {
   int64_t begin, end;
 };
 
+// What tells that no page has come to a process: its own page faults, and how many pages it has,
+// to which another process may add that writes to its memory.
+struct Arrivals {
+  int64_t process = -1, faults = -1, pages = -1;
+};
+
 // Zeroed memory whose pages arrive as they are touched, for a buffer of which most stays zero.
 struct Blank {
   void* data = nullptr;  // null where there is no memory
   int64_t bytes = 0;
-  std::vector<Span> resident;       // the only pages that hold memory of their own, if not empty
-  int64_t process = 0, faults = 0;  // whose page faults had come to how many when it was mapped
+  std::vector<Span> own;  // the only pages that hold memory of their own, if not empty
+  Arrivals before;        // as they were when this was mapped
 };
 Blank map_blank(int64_t bytes);
 

@@ -240,14 +240,15 @@ GENREC_INLINE Powers sum_of_powers(const RowView<T>& row, float rate, float gues
         store(kept + i + 2 * kLanes, c), store(kept + i + 3 * kLanes, d);
       }
     }
-    if constexpr (kKeep)  // whoever reads what is kept takes pairs as long as there are any
-      for (; i + 2 * kLanes <= last; i += 2 * kLanes) {
-        vfloat a, b;
-        load_pair(x + i, a, b);
-        a = power(a, weighted0), b = power(b, weighted1);
-        sum0 += a, sum1 += b;
-        store(kept + i, a), store(kept + i + kLanes, b);
-      }
+    // Whoever reads what is kept takes pairs as long as there are any, and no bit of a sum depends
+    // on whether anything is kept.
+    for (; i + 2 * kLanes <= last; i += 2 * kLanes) {
+      vfloat a, b;
+      load_pair(x + i, a, b);
+      a = power(a, weighted0), b = power(b, weighted1);
+      sum0 += a, sum1 += b;
+      if constexpr (kKeep) store(kept + i, a), store(kept + i + kLanes, b);
+    }
     for (; i < last; i += kLanes) {
       const int rest = last - i < kLanes ? static_cast<int>(last - i) : kLanes;
       const vfloat v =
@@ -292,11 +293,12 @@ GENREC_INLINE void take_powers(const RowView<T>& row, Guess& g, float* kept) {
 template <bool kKeep, bool kWeighted, class T>
 GENREC_INLINE Guess guess_sum(const RowView<T>& row, float inv_temperature, float* kept) {
   Guess g{inv_temperature * kLog2e, -INFINITY, 0, false, NAN, NAN, NAN};
+  if (!(g.rate > 1e-30f)) return g;  // a normaliser in the logits' scale might be infinite
   if (take_guess(row, row.n < 4 * kLanes ? row.n : 4 * kLanes, g))
     take_powers<kKeep, kWeighted>(row, g, kept);
   if (!g.good && take_guess(row, row.n, g)) take_powers<kKeep, kWeighted>(row, g, kept);
   if constexpr (kWeighted)
-    if (g.good && !(g.entropy > g.log_sum / 16)) {  // little was left of the difference
+    if (g.good && !(2 * g.entropy >= g.log_sum)) {  // little was left of the difference
       Guess other = g;
       if (take_guess(row, row.n, other)) take_powers<false, true>(row, other, nullptr);
       g.entropy = other.entropy;
@@ -309,6 +311,10 @@ GENREC_INLINE Normalizer<float> finish(const Guess& g, float inv_temperature) {
   // Of the sum's own rate and shift; `top` takes what a float can hold of it.
   const double shift = kFused ? g.shift : static_cast<double>(g.guess) * g.rate;
   const double log_sum = g.log_sum + shift * kLn2, top = log_sum / (g.rate * kLn2);
+  // What its own power is off by: a certain token has probability 1.
+  constexpr double kNoise = 1.5e-7;
+  if (std::fabs(log_sum - static_cast<double>(g.guess) * g.rate * kLn2) < kNoise)
+    return {g.guess, 0, g.entropy > kNoise ? static_cast<float>(g.entropy) : 0};
   const float held = static_cast<float>(top);
   return {held, static_cast<float>((top - held) * inv_temperature),
           static_cast<float>(g.entropy > 0 ? g.entropy : 0)};
