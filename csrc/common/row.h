@@ -191,11 +191,23 @@ static Normalizer<acc_t<T>> normalize(const RowView<T>& row, acc_t<T> inv_temper
   return finish(run);
 }
 
-// Whether a product and a sum are rounded once, so that x rate - shift keeps its digits.
-#if defined(__FMA__) || defined(__aarch64__)
+// (v - guess) rate, where the product of guess and rate is taken as `shift`.  Where a product and
+// a sum are rounded once, v rate - shift keeps its digits; in the compiler's hands it might not be.
+#if defined(__AVX512F__)
 inline constexpr bool kFused = true;
+GENREC_INLINE vfloat exponents(vfloat v, float rate, float, float shift) {
+  return (vfloat)_mm512_fmsub_ps((__m512)v, _mm512_set1_ps(rate), _mm512_set1_ps(shift));
+}
+#elif defined(__FMA__)
+inline constexpr bool kFused = true;
+GENREC_INLINE vfloat exponents(vfloat v, float rate, float, float shift) {
+  return (vfloat)_mm256_fmsub_ps((__m256)v, _mm256_set1_ps(rate), _mm256_set1_ps(shift));
+}
 #else
 inline constexpr bool kFused = false;
+GENREC_INLINE vfloat exponents(vfloat v, float rate, float guess, float) {
+  return (v - guess) * rate;
+}
 #endif
 
 // Of a row's powers 2^t.
@@ -218,7 +230,7 @@ GENREC_INLINE Powers sum_of_powers(const RowView<T>& row, float rate, float gues
     const int64_t last = n - at < 4 * kBlock ? n : at + 4 * kBlock;
     vfloat sum0{}, sum1{}, sum2{}, sum3{}, weighted0{}, weighted1{};
     const auto power = [&](vfloat v, vfloat& weighted) __attribute__((always_inline)) {
-      const vfloat t = kFused ? v * rate - shift : (v - guess) * rate, e = exp2_any(t);
+      const vfloat t = exponents(v, rate, guess, shift), e = exp2_any(t);
       // Held, as 0 * -inf would make a NaN.
       if constexpr (kWeighted) weighted += e * hold(t);
       return e;
@@ -398,8 +410,7 @@ template <class T>
 GENREC_INLINE void scale_powers(const T* x, const Columns<T>& out, const Guess& guess,
                                 float factor) {
   const auto one = [&](vfloat v) __attribute__((always_inline)) {
-    return exp2_any(kFused ? v * guess.rate - guess.shift : (v - guess.guess) * guess.rate) *
-           factor;
+    return exp2_any(exponents(v, guess.rate, guess.guess, guess.shift)) * factor;
   };
   write_columns(
       out, factor == factor,
