@@ -33,6 +33,9 @@ def tolerance(dtype, size=1.0):
     return epsilon * size
 
 
+cpus_own = pytest.mark.skipif("GENREC_SIMULATED" in os.environ, reason="of the CPU's own kernels")
+
+
 def batch(N=6, T=4, V=1030, dtype=torch.float32, spread=3.0, seed=0):
     """Logits, tokens, stale log-probabilities and advantages of a plausible batch."""
     g = torch.Generator().manual_seed(seed)
@@ -240,20 +243,21 @@ def test_entropy_keeps_its_digits_where_the_first_logits_mislead(ours, columns, 
     assert torch.allclose(found, want, rtol=0, atol=4e-6)
 
 
+@cpus_own
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("V", (32, 33, 48, 100, 127, 1000, 1056, 40_000))
-def test_the_ratio_on_policy_is_one_to_the_bit(ours, dtype, V):
+def test_the_ratio_on_policy_is_one_to_the_bit(dtype, V):
     """Whether a gradient is made, and how, changes no log-probability."""
     g = torch.Generator().manual_seed(V)
     logits = (2 * torch.randn(64, 4, V, generator=g)).to(dtype)
     tokens = torch.randint(0, V, (64, 4), generator=g)
-    old, _ = ours.token_logps(logits, tokens)
+    old, _ = genrec_ext.token_logps(logits, tokens)
     config = SageConfig(bounded=False)
     arguments = (tokens, old, -torch.ones(64))
     leaf = logits.clone().requires_grad_()
-    loss, stats = ours.sage_loss(leaf, *arguments, config=config, return_stats=True)
+    loss, stats = genrec_ext.sage_loss(leaf, *arguments, config=config, return_stats=True)
     assert stats.capped_negative == 0 and stats.ratio == 1
-    assert torch.equal(loss.detach(), ours.sage_loss(logits, *arguments, config=config))
+    assert torch.equal(loss.detach(), genrec_ext.sage_loss(logits, *arguments, config=config))
 
 
 @pytest.mark.parametrize("temperature", (1e-30, 1e-3, 1e30, 5e37))
@@ -285,23 +289,23 @@ def test_statistics_change_no_bit_of_the_loss(ours):
     assert torch.allclose(seen[0], want) and want > 0
 
 
-@pytest.mark.skipif("GENREC_SIMULATED" in os.environ, reason="kernels of the CPU's own")
+@cpus_own
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("T, V", ((4, 1000), (2, 33_000), (1, 140_001)))
-def test_a_gradient_too_large_for_caches_has_the_bits_of_its_parts(ours, dtype, T, V):
+def test_a_gradient_too_large_for_caches_has_the_bits_of_its_parts(dtype, T, V):
     N = (33 << 20) // (T * V * dtype.itemsize) + 1
     logits, tokens, old, advantages = batch(N=N, T=T, V=V, dtype=dtype)
     tokens[0, 0], tokens[1, 0], tokens[2, 0] = 0, V - 1, V // 32 * 32 - 1
     kept = torch.arange(0, N, max(N // 40, 1))
     settings = {"config": SageConfig(reduction="sum")}
-    _, grad = loss_and_grad(ours.sage_loss, logits, tokens, old, advantages, **settings)
+    _, grad = loss_and_grad(genrec_ext.sage_loss, logits, tokens, old, advantages, **settings)
     kept[1:3] = torch.tensor([1, 2])
     parts = (logits[kept], tokens[kept], old[kept], advantages[kept])
-    _, want = loss_and_grad(ours.sage_loss, *parts, **settings)
+    _, want = loss_and_grad(genrec_ext.sage_loss, *parts, **settings)
     assert torch.equal(grad[kept], want) and want.abs().sum() > 0
 
     def logps(logits, tokens):
-        found, entropy = ours.token_logps(logits, tokens)
+        found, entropy = genrec_ext.token_logps(logits, tokens)
         return (found.double() * advantages[0] - (entropy if N % 2 else 0)).sum()
 
     _, grad = loss_and_grad(logps, logits, tokens)
