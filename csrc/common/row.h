@@ -1,17 +1,17 @@
 // One row of logits: its normaliser and entropy, and the gradient of its
 // log-softmax.  Shared by every family that scores rows.
 //
-// A row is read in blocks that fit the first-level cache: a block's maximum is
-// taken, then its exponentials are summed against the running maximum, so the
-// row comes from memory once.  Half types become floats in registers.  Sums of a block are f32 in
-// vector lanes, sums of blocks are double.
+// A row comes from memory once.  Where its columns lie side by side its exponentials are summed
+// against a guess of its largest logit (guess_sum).  Lists of columns, and rows for which no guess
+// will do, go the long way: in blocks that fit the first-level cache, a block's maximum is taken,
+// then its exponentials are summed against the running maximum (add_block).  Half types become
+// floats in registers.  Sums of a block are f32 in vector lanes, sums of blocks are double.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "common/vec.h"
 
@@ -23,7 +23,7 @@ inline constexpr int64_t kBlock = 1024;
 // stay apart: their sum would cost large logits their digits.
 template <class S>
 struct Normalizer {
-  S top;      // the row's maximum
+  S top;      // the row's maximum, or what lies as near to it as its log-sum-exp
   S log_sum;  // log sum exp((x - top) / temperature); NaN if any logit is NaN or
               // +inf, or none is above -inf
   S entropy;  // nats

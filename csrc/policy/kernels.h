@@ -16,7 +16,7 @@ struct TokenLogpsArgs {
   Scores in;
   void* logps = nullptr;      // S [N, T]
   void* entropy = nullptr;    // S [N, T], nats
-  void* norm = nullptr;       // S [N, T, 2]: the row's maximum and log of its sum
+  void* norm = nullptr;       // S [N, T, 2]: top and log_sum of the row's normaliser
   void* workspace = nullptr;  // CUDA only: S [N, T, kWorkspace]
 };
 
