@@ -6,11 +6,11 @@
 #
 # What comes of it lies in $OUT (default: bench/results/gpu) from each step's end on, a few
 # files in all: summary.txt, the tables, and everything in gpu.tar.gz.  With --seconds it ends
-# within N seconds: a step but the build is cut off there, later ones are left out and named.  On a
-# machine that is lent for ten minutes a command, `--seconds 570 build test bench`, then
-# `--seconds 570 sanitize`.  Needs an environment with a CUDA build of torch, nvcc, cmake, ninja,
-# pybind11, pytest and hypothesis ($PYTHON, default python3); nothing is fetched.  --dry-run does
-# on the CPU what can be done there, to see that the script itself works.
+# within N seconds: a step but the build is cut off there, later ones are left out and named.
+# Where a command may take ten minutes: `--seconds 570 build test bench`, then `--seconds 570
+# sanitize`.  Needs an environment with a CUDA build of torch, nvcc, cmake, ninja, pybind11, pytest
+# and hypothesis ($PYTHON, default python3); nothing is fetched.  --dry-run does on the CPU what
+# can be done there, to see that the script itself works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
