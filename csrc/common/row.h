@@ -391,7 +391,7 @@ GENREC_INLINE void write_columns(const Columns<G>& out, bool number, const Pair&
   if (out.own_at >= done) from_float(out.g + out.own_at, out.own);
 }
 
-// The gradient factor p of columns from powers kept by guess_sum; out.g may be `kept`.
+// The gradient factor p of columns from their powers; out.g may be `kept`.
 template <class G>
 GENREC_INLINE void scale_kept(const float* kept, const Columns<G>& out, float factor) {
   write_columns(
@@ -507,6 +507,12 @@ GENREC_INLINE S log_softmax(S x, const Normalizer<S>& z, S inv_temperature) {
   return (x - z.top) * inv_temperature - z.log_sum;
 }
 
+// Above by rounding alone; NaN stays.
+template <class S>
+GENREC_INLINE S at_most_0(S logp) {
+  return logp > 0 ? S(0) : logp;
+}
+
 // The gradient of  a * logp[token] + b * entropy  with respect to the logits is
 //   (a (1[v = token] - p_v) - b p_v (log p_v + H)) / temperature.
 // This writes all but the token's own column rightly; grad_token gives that one.
@@ -577,14 +583,7 @@ GENREC_INLINE void grad_kept(Kept kept, int64_t n, const Normalizer<float>& z,
     const int64_t last = n - at < kBlock ? n : at + kBlock;
     const float top = kept.tops[at / kBlock];
     const float factor = top == z.top ? scale : scale * std::exp((top - z.top) * inv_temperature);
-    int64_t i = at;
-    for (; factor == factor && i + 2 * kLanes <= last; i += 2 * kLanes)
-      store_pair(g + i, load(kept.e + i) * factor, load(kept.e + i + kLanes) * factor);
-    for (; i + kLanes <= last; i += kLanes) store_floats(g + i, load(kept.e + i) * factor);
-    if (i < last) {
-      const int rest = static_cast<int>(last - i);
-      store_some(g + i, load_some(kept.e + i, rest, 0) * factor, rest);
-    }
+    scale_kept(kept.e + at, Columns<G>{g + at, last - at, -1, 0, false}, factor);
   }
 }
 

@@ -138,7 +138,6 @@ GENREC_INLINE vfloat exp2_held(vfloat t, vfloat held) {
   return t < kExponentFloor ? vfloat{} : p * power;
 #endif
 }
-GENREC_INLINE vfloat exp2_nonpositive(vfloat t) { return exp2_held(t, hold(t)); }
 
 // 2^t for any t below 128, to about 2 ulp and with the fewest instructions: what
 // sums are made of.  0 for -inf and far below, NaN for NaN, +inf from 128 on.

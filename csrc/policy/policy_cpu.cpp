@@ -15,12 +15,6 @@ namespace {
 
 using namespace genrec::policy;
 
-// Above by rounding alone; NaN stays.
-template <class S>
-S at_most_0(S logp) {
-  return logp > 0 ? S(0) : logp;
-}
-
 template <class T>
 void token_logps(const TokenLogpsArgs& a, int64_t first_n, int64_t last_n) {
   using S = acc_t<T>;

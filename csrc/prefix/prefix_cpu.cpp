@@ -174,12 +174,13 @@ void rows(const RowsArgs& a, int64_t first_n, int64_t last_n) {
       float* room = nullptr;
       if constexpr (sizeof(T) == sizeof(float))
         if (whole && !a.grad_streamed) room = g;
-      if (room == nullptr && with_grad && keeper.reserve(floats_of(row.n))) room = keeper.data();
+      if constexpr (sizeof(S) == sizeof(float))
+        if (room == nullptr && with_grad && keeper.reserve(floats_of(row.n))) room = keeper.data();
       const RowState<T> state = normalize_row<false>(row, inv, room);
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
-      S logp = holds(row, first, token) ? log_softmax<S>(to_float(x[token]), state.z, inv)
-                                        : static_cast<S>(kOutsideLogp);
-      logp = logp > 0 ? 0 : logp;  // by rounding; NaN stays
+      const S logp = holds(row, first, token)
+                         ? at_most_0(log_softmax<S>(to_float(x[token]), state.z, inv))
+                         : static_cast<S>(kOutsideLogp);
       S weight = 1;
       if (a.beam.width > 0) {
         S bound = -INFINITY;
@@ -287,7 +288,7 @@ void pairwise(const PairwiseArgs& a, int64_t first_n, int64_t last_n) {
       const double logp =
           log_softmax<double>(to_float(x[in.tokens[n * in.T + r]]),
                               {states[r].z.top, states[r].z.log_sum, 0}, in.inv_temperature);
-      static_cast<double*>(a.logps)[n * in.T + r] = logp > 0 ? 0 : logp;
+      static_cast<double*>(a.logps)[n * in.T + r] = at_most_0(logp);
     }
     pairwise_user<S>(a, n, powers);
     if (grad == nullptr) continue;
