@@ -13,7 +13,8 @@ def empty_cache() -> int:
     A gradient of 4 MiB or more is made anew each step, and the arrival of its pages from the
     system takes longer than writing it. So the memory of the last two that were freed, up to
     1 GiB each, waits for the next of up to its size. Meanwhile the system may take it back when
-    it runs short; a process's resident size counts it until then.
+    it runs short, save that of the last one up to 128 MiB; a process's resident size counts it
+    until then.
 
     Returns:
         How many bytes were waiting.

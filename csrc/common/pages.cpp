@@ -28,6 +28,16 @@ struct Whole {
   int64_t bytes = 0;
 };
 
+// Lets the system take a mapping's pages when it needs memory; false where it cannot.
+bool lend(const Blank&) { return true; }
+#if defined(MADV_FREE)
+bool lend(const Whole& mapping) {
+  return madvise(mapping.data, static_cast<size_t>(mapping.bytes), MADV_FREE) == 0;
+}
+#else
+bool lend(const Whole&) { return false; }
+#endif
+
 // Mappings that are ready for the next taker.  Whoever looks at one holds it alone; nobody
 // waits.
 template <class Mapping>
@@ -52,10 +62,9 @@ struct Shelf {
 
   // As the latest, in place of the one before the last.
   void keep(Mapping* mapping) {
-    for (std::atomic<Mapping*>& slot : slots) {
-      mapping = slot.exchange(mapping);
-      if (mapping == nullptr) return;
-    }
+    mapping = slots[0].exchange(mapping);
+    if (mapping != nullptr && lend(*mapping)) mapping = slots[1].exchange(mapping);
+    if (mapping == nullptr) return;
     unmap(*mapping);
     delete mapping;
   }
@@ -264,12 +273,13 @@ void* map_whole(int64_t& bytes) {
 }
 
 void release_whole(void* data, int64_t bytes) {
-#if defined(MADV_FREE)
   // Larger ones go back at once: nobody shall wonder what holds gigabytes.
   constexpr int64_t kMost = int64_t{1} << 30;
-  if (bytes <= kMost && madvise(data, static_cast<size_t>(bytes), MADV_FREE) == 0)
-    return whole.put({data, bytes});
-#endif
+  // To lend pages interrupts every processor that the process runs on, once for each huge page:
+  // most often the next step's gradient needs them at once.
+  constexpr int64_t kHeld = int64_t{128} << 20;
+  const Whole mapping{data, bytes};
+  if (bytes <= kMost && (bytes <= kHeld || lend(mapping))) return whole.put(mapping);
   munmap(data, static_cast<size_t>(bytes));
 }
 

@@ -16,8 +16,8 @@ void advise_huge_pages(void* data, int64_t bytes);
 // Memory for a large buffer that is written from end to end and made anew each step, as a
 // gradient is: its pages stay for the next taker after it is released, since their arrival took
 // longer than what is written to them.  Meanwhile the system may take them back when it needs
-// memory.  What is in them is anybody's.  `bytes` grows to what there is; null where there is
-// no memory.
+// memory, save those of the last buffer up to 128 MiB.  What is in them is anybody's.  `bytes`
+// grows to what there is; null where there is no memory.
 void* map_whole(int64_t& bytes);
 
 // Takes it back, with the size that map_whole gave.

@@ -566,12 +566,19 @@ GENREC_INLINE void grad_block(const double* x, const Columns<double>& out,
   if (out.own_at >= 0) out.g[out.own_at] = out.own;
 }
 
+// 1 - e^logp with all its digits, also where e^logp is near 1.
+GENREC_INLINE double rest_of(double logp) { return -std::expm1(logp); }
+GENREC_INLINE float rest_of(float logp) {
+  // A few terms of its series, or a double's difference: several times as fast as expm1f.
+  const double x = logp;
+  return static_cast<float>(x > -1e-3 ? -x * (1 + x * (0.5 + x / 6)) : 1 - std::exp(x));
+}
+
 template <class S>
 GENREC_INLINE S grad_token(S logp, const Normalizer<S>& z, RowSlopes<S> slope) {
-  // 1 - p by expm1, which keeps its digits where p is near 1.
-  const S p = std::exp(logp);
-  const S spread = p == 0 || slope.entropy == 0 ? S(0) : p * (logp + z.entropy);
-  return slope.logp * -std::expm1(logp) - slope.entropy * spread;
+  if (slope.entropy == 0) return slope.logp * rest_of(logp);
+  const S p = std::exp(logp), spread = p == 0 ? S(0) : p * (logp + z.entropy);
+  return slope.logp * rest_of(logp) - slope.entropy * spread;
 }
 
 // The gradient -a p of a row's n columns from what normalize kept of them.

@@ -108,7 +108,7 @@ inline Gradient new_gradient(const Tensor& like, const Scores& s) {
       return {*blank, true};
   // From there on little of it would be left in a cache for its reader, and to bring its lines in
   // before they are written costs as much as to read the logits.
-  constexpr int64_t kStreamed = int64_t{32} << 20;
+  constexpr int64_t kStreamed = int64_t{16} << 20;
   return {new_whole(like, {N, T, V}), false, N * T * V * element_size >= kStreamed};
 }
 
