@@ -101,6 +101,18 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   m.def("blank_like(Tensor like, int[] starts, int[] ends) -> Tensor");
   m.def("empty_cache() -> int");
 
+  // ---- attention ----
+  // Of each node of B users' trees to its path: query, key and value [B, W, H, D]; bias
+  // [H, T, T]; path [B, W, T] int32, each level's node on the way to this one, -1 below it;
+  // keep [B, W, H, T] multiplies the shares.  CPU.
+  m.def(
+      "path_attention_forward(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor path, "
+      "Tensor? keep) -> (Tensor out, Tensor shares)");
+  m.def(
+      "path_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+      "Tensor shares, Tensor path, Tensor? keep) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
+
   // ---- prefix ----
   // B users, P <= T prefix lengths, C candidates, the first the positive; each per_level is
   // [P], without gradient.  `grad_output` ([] or, unreduced, [B]) enters the gradient.

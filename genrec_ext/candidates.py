@@ -265,13 +265,13 @@ def context_logps(
     logps, _ = token_logps(
         logits.unsqueeze(1), first_tokens.unsqueeze(1), temperature=temperature, **support
     )
-    V = logits.shape[1]
-    flat = logits.flatten()
-    # `gather`, whose gradient is a scatter; that of an index sorts or goes one by one.
-    own = torch.arange(len(logits), device=logits.device) * V + first_tokens
-    first = flat.gather(0, own).to(logps.dtype)
-    chosen = flat.gather(0, (rows * V + tokens).flatten()).to(logps.dtype)
+    R, V = logits.shape
+    own = torch.arange(R, device=logits.device) * V + first_tokens
     row = rows.flatten()
+    # `gather`, whose gradient is a scatter; that of an index sorts or goes one by one.  One for
+    # both: each has a gradient of the logits' size.
+    read = logits.flatten().gather(0, torch.cat([own, row * V + tokens.flatten()]))
+    first, chosen = read.to(logps.dtype).split([R, len(row)])
     # The difference first: beside large logits the log-probability would lose its digits.
     ahead = (chosen - first.gather(0, row)) / temperature
     return (ahead + logps[:, 0].gather(0, row)).view(rows.shape)

@@ -598,7 +598,7 @@ def test_each_prefix_is_decoded_once_and_each_user_encoded_once():
     sampler = CandidateSampler(codes, negatives=20)
     drawn = sampler.draw(torch.tensor([0, 7, 9]), seed=2)
     encoded, decoded = [], []
-    model.encoder.register_forward_hook(lambda _, __, out: encoded.append(out[0].shape[0]))
+    model.encoder.register_forward_hook(lambda _, __, out: encoded.append(tuple(out[0].shape[:2])))
     last = model.decoder.block[1].layer[-1]
     last.register_forward_hook(lambda _, __, out: decoded.append(tuple(out.shape[:2])))
     hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
@@ -606,8 +606,108 @@ def test_each_prefix_is_decoded_once_and_each_user_encoded_once():
     for level in range(L):
         prefixes = [{tuple(c[:level]) for c in user} for user in drawn.codes.tolist()]
         most += max(map(len, prefixes))
-    assert encoded == [3] and decoded == [(3, most)]
+    assert decoded == [(3, most)]
     assert most < 0.8 * L * 21
+    # Users' tokens stand in one row, without padding; unpadded ones in a row each.
+    assert 0 < given["attention_mask"].sum() < given["attention_mask"].numel()
+    assert encoded == [(1, given["attention_mask"].sum())]
+    hf.sid_pairwise_logps(model, drawn, input_ids=given["input_ids"], offsets=OFFSETS)
+    assert encoded[1] == tuple(given["input_ids"].shape)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_padding_is_not_encoded_and_changes_nothing(family, side):
+    model = tiny(family)
+    codes, _ = catalogue()
+    drawn = CandidateSampler(codes, negatives=9).draw(torch.tensor([0, 7, 9]), seed=2)
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([2, 11, 5]).unsqueeze(1)
+    place = torch.arange(11)
+    mask = (place < lengths) if side == "right" else (place >= 11 - lengths)
+    ids = torch.randint(3, 20, (3, 11), generator=g).masked_fill(~mask, PAD)
+    embeds = model.get_input_embeddings()(ids).detach()
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask.long())
+    want = hf.sid_pairwise_logps(
+        model, drawn, encoder_outputs=states, attention_mask=mask.long(), offsets=OFFSETS
+    )
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+        for kind in (torch.long, torch.bool, torch.float64):
+            ours = hf.sid_pairwise_logps(
+                model, drawn, **given, attention_mask=mask.to(kind), offsets=OFFSETS
+            )
+            torch.testing.assert_close(ours, want, rtol=1e-6, atol=2e-6)
+    mix = torch.randn(want.shape, generator=g, dtype=want.dtype)
+    assert_same_gradients(
+        model,
+        (hf.sid_pairwise_logps(
+            model, drawn, input_ids=ids, attention_mask=mask.long(), offsets=OFFSETS
+        ) * mix).sum(),
+        (want * mix).sum(),
+        2e-6,
+    )  # fmt: skip
+    # A user of padding alone attends to it, as in transformers.
+    none = mask.clone()
+    none[0] = False
+    states = model.get_encoder()(input_ids=ids, attention_mask=none.long())
+    torch.testing.assert_close(
+        hf.sid_pairwise_logps(
+            model, drawn, input_ids=ids, attention_mask=none.long(), offsets=OFFSETS
+        ),
+        hf.sid_pairwise_logps(
+            model, drawn, encoder_outputs=states, attention_mask=none.long(), offsets=OFFSETS
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_attention_gives_what_torch_s_operators_give(monkeypatch, dtype):
+    from genrec_ext.integrations import hf_candidates
+
+    model = tiny("t5", dtype=dtype)
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=30).draw(torch.tensor([0, 7, 9]), seed=2)
+
+    def scores():
+        return hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+
+    ours = scores()
+    monkeypatch.setattr(hf_candidates, "FUSED", ())
+    want = scores()
+    far = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(ours, want, rtol=far, atol=far)
+    if dtype == torch.float32:
+        mix = torch.randn(want.shape, generator=torch.Generator().manual_seed(0))
+        assert_same_gradients(model, (ours * mix).sum(), (want * mix).sum(), 1e-4)
+
+
+def test_dropout_of_the_fused_attention_is_the_model_s():
+    """Its mean over draws is what torch's operators have, and a seed repeats it."""
+    from genrec_ext.integrations import hf_candidates
+
+    model = tiny("t5", dropout=0.3, dtype=torch.float32).train()
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=9).draw(torch.tensor([0, 7, 9]), seed=2)
+
+    def scores(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+
+    assert torch.equal(scores(0), scores(0)) and not torch.equal(scores(0), scores(1))
+    means, kept = [], hf_candidates.FUSED
+    for dtypes in (kept, ()):
+        hf_candidates.FUSED = dtypes
+        try:
+            runs = torch.stack([scores(seed) for seed in range(200)])
+        finally:
+            hf_candidates.FUSED = kept
+        means.append((runs.mean(0), runs.std(0) / len(runs) ** 0.5))
+    (ours, error), (want, other) = means
+    apart = (ours - want).abs() / (error**2 + other**2).sqrt()
+    assert apart.max() < 5
 
 
 def test_padded_contexts_make_the_same_scores():

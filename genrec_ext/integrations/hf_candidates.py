@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..candidates import Candidates, context_logps
+from ..ops.attention import FUSED, path_attention
 
 try:
     from transformers import DynamicCache
@@ -108,7 +109,9 @@ class _Paths:
         self.places = [
             slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)
         ]
-        row = torch.arange(len(prefixes.tokens), device=prefixes.tokens.device).unsqueeze(1)
+        device = prefixes.tokens.device
+        self.fused = self._whole(prefixes) if device.type == "cpu" else None
+        row = torch.arange(len(prefixes.tokens), device=device).unsqueeze(1)
         # Of level t's prefixes at level j, 0 < j < t, among all users' prefixes in a row.
         self.above = [
             {
@@ -119,6 +122,17 @@ class _Paths:
             }
             for level in range(prefixes.levels)
         ]
+
+    def _whole(self, prefixes: _Prefixes) -> Tensor:
+        """``[B, W, T]`` int32: each prefix's path, as :func:`path_attention` takes it."""
+        T, W = len(self.widths), sum(self.widths)
+        path = torch.full((len(prefixes.tokens), W, T), -1, dtype=torch.int32)
+        for level, at in enumerate(self.places):
+            path[:, at, 0] = 0
+            for other in range(1, level):
+                path[:, at, other] = self.places[other].start + prefixes.above(level, other)
+            path[:, at, level] = torch.arange(at.start, at.stop, dtype=torch.int32)
+        return path
 
     def seen(self, x: Tensor, level: int, other: int) -> Tensor:
         """What level ``level``'s prefixes see of ``x [B, W, h, d]`` at level ``other``:
@@ -132,11 +146,7 @@ class _Paths:
 
 
 class _PathScores(torch.autograd.Function):
-    """Attention of each prefix to its own path, ``[B, W, h, d]`` from queries, keys and values.
-
-    A prefix of t tokens has t + 1 keys.  Composed of torch's operations it takes 2.4 times as long:
-    each makes a tensor of the size of the queries for every pair of levels.
-    """
+    """:func:`path_attention` of torch's operations, for other devices and for doubles."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -163,8 +173,7 @@ class _PathScores(torch.autograd.Function):
             shares = scores.softmax(0)
             keep = None
             if dropout > 0:
-                keep = torch.empty_like(shares).bernoulli_(1 - dropout)
-                keep *= 0 if dropout == 1 else 1 / (1 - dropout)
+                keep = _dropout(torch.empty_like(shares), dropout)
             kept += [shares, keep]
             shares = _as_weights(shares, keep, query)
             mixed = out[:, at]
@@ -217,6 +226,11 @@ class _PathScores(torch.autograd.Function):
         return (*grads, by_bias.to(ctx.bias), None, None)
 
 
+def _dropout(keep: Tensor, dropout: float) -> Tensor:
+    """What dropout multiplies by, written over ``keep``."""
+    return keep.bernoulli_(1 - dropout).mul_(0 if dropout == 1 else 1 / (1 - dropout))
+
+
 def _as_weights(shares: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
     """``[t + 1, B, w, h, 1]`` in the dtype of what it multiplies."""
     return (shares if keep is None else shares * keep).to(like.dtype).unsqueeze(-1)
@@ -245,7 +259,14 @@ class _PathAttention(nn.Module):
             layer(hidden_states).unflatten(-1, (of.n_heads, -1)) for layer in (of.q, of.k, of.v)
         )
         dropout = of.dropout if self.training else 0.0
-        out = _PathScores.apply(query, key, value, bias[0], self._paths, dropout)
+        if self._paths.fused is not None and query.dtype in FUSED:
+            path, keep = self._paths.fused, None
+            if dropout > 0:
+                keep = query.new_empty((*query.shape[:3], path.shape[-1]), dtype=torch.float32)
+                keep = _dropout(keep, dropout)
+            out = path_attention(query, key, value, bias[0].float(), path, keep)
+        else:
+            out = _PathScores.apply(query, key, value, bias[0], self._paths, dropout)
         return of.o(out.flatten(2)), bias, None
 
 
@@ -277,15 +298,80 @@ class _CrossAttention(nn.Module):
                 (of.v, key_value_states),
             )
         )
-        scores = query @ key.transpose(2, 3)
+        dropout = of.dropout if self.training else 0.0
         if mask is not None:
             mask = mask[:, :, :1]  # padding is padding for every query
             if mask.dtype == torch.bool:
-                blocked = torch.finfo(scores.dtype).min
-                mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, blocked)
+                blocked = torch.finfo(query.dtype).min
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, blocked)
+        if dropout == 0 and query.device.type == "cpu":  # with dropout it is no faster
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
+            return of.o(mixed.transpose(1, 2).flatten(2)), position_bias, None
+        scores = query @ key.transpose(2, 3)
+        if mask is not None:
             scores += mask
-        shares = F.dropout(scores.softmax(-1), of.dropout, self.training)
+        shares = F.dropout(scores.softmax(-1), dropout)
         return of.o((shares @ value).transpose(1, 2).flatten(2)), position_bias, None
+
+
+class _PackedAttention(nn.Module):
+    """T5's self-attention in the encoder, over users' tokens in one row without their padding."""
+
+    def __init__(self, attention: Any, real: Tensor) -> None:
+        """``real [B, S]``: where there is a token."""
+        super().__init__()
+        self.of, self._shape = attention, real.shape
+        self._places = real.flatten().nonzero().squeeze(1)
+        self._real = real.view(len(real), 1, 1, -1)
+        self.training = attention.training
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """``[B, h, S, d]`` of ``x [1, N, h * d]``, zeros where there is padding."""
+        B, S = self._shape
+        padded = x.new_zeros(B * S, x.shape[-1]).index_copy(0, self._places, x[0])
+        return padded.view(B, S, self.of.n_heads, -1).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, position_bias: Tensor | None = None, **__: Any
+    ) -> tuple[Tensor, Tensor, None]:
+        of, S = self.of, self._shape[1]
+        query, key, value = (self._apart(layer(hidden_states)) for layer in (of.q, of.k, of.v))
+        if position_bias is None:
+            if of.has_relative_attention_bias:
+                position_bias = of.compute_bias(S, S, device=query.device)
+            else:
+                position_bias = query.new_zeros(1, of.n_heads, S, S)
+        bias = cast(Tensor, position_bias)
+        scores = query @ key.transpose(2, 3)
+        scores += bias
+        scores = scores.masked_fill_(~self._real, torch.finfo(scores.dtype).min)
+        shares = F.dropout(scores.softmax(-1), of.dropout, self.training)
+        mixed = (shares @ value).transpose(1, 2).flatten(2).flatten(0, 1)
+        return of.o(mixed.index_select(0, self._places).unsqueeze(0)), bias, None
+
+
+def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tensor | None:
+    """``[B, S, d]``: what the encoder makes of the tokens alone, zeros at padding; or None where
+    that saves little, or would wait for the device."""
+    from .hf import _replaced
+
+    if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask.dim() != 2:
+        return None
+    real = attention_mask != 0
+    B, S = real.shape
+    # A user of padding alone attends to it; a mask of other numbers means something else.
+    if not (attention_mask == real).all() or not real.any(1).all() or real.sum() > 0.95 * B * S:
+        return None
+    name, x = next(iter(given.items()))
+    if x.shape[:2] != real.shape:
+        return None
+    blocks = range(len(model.encoder.block))
+    names = [f"encoder.block.{layer}.layer.0.SelfAttention" for layer in blocks]
+    replaced = {at: _PackedAttention(model.get_submodule(at), real) for at in names}
+    encoder: Any = _replaced(_unwrapped(model), replaced).encoder
+    packed = encoder(**{name: x[real].unsqueeze(0)})[0]
+    places = real.flatten().nonzero().squeeze(1)
+    return packed.new_zeros(B * S, packed.shape[-1]).index_copy(0, places, packed[0]).view(B, S, -1)
 
 
 def sid_pairwise_logps(
@@ -414,7 +500,10 @@ def _encoder_decoder_logits(
 
     if encoder_outputs is None:
         given = _one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        encoder_outputs = model.get_encoder()(**given, attention_mask=attention_mask)
+        states = _packed(model, given, attention_mask)
+        if states is None:
+            states = model.get_encoder()(**given, attention_mask=attention_mask)[0]
+        encoder_outputs = (states,)
     states = encoder_outputs[0]
     _check_users("encoder_outputs", len(states), len(tree.tokens))
     start = torch.full_like(tree.first[0], _start_token(model))
@@ -426,6 +515,9 @@ def _encoder_decoder_logits(
         replaced[name] = _PathAttention(model.get_submodule(name), paths)
         name = f"decoder.block.{layer}.layer.1.EncDecAttention"
         replaced[name] = _CrossAttention(model.get_submodule(name))
+        name = f"decoder.block.{layer}.layer.2.DenseReluDense.act"
+        if type(model.get_submodule(name)) is nn.ReLU:  # what it reads is nobody else's
+            replaced[name] = nn.ReLU(inplace=True)
     out = _replaced(_unwrapped(model), replaced)(
         encoder_outputs=encoder_outputs,
         attention_mask=attention_mask,
