@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times methods in turns, so that a busy machine slows all alike.
 
+    Each round has an order of its own, drawn from a seed: none always follows the same other one.
     A run is one call, which finds the caches as the other methods left them; or, with `at_least`
     milliseconds, as many calls in a row as take about that long, the freeing of what they return
     included, as in a loop that does nothing else.
@@ -50,8 +52,11 @@ def interleaved(
     disturbed: dict[str, list[float]] = {name: [] for name in methods}
     counts = dict.fromkeys(methods, repeats) if isinstance(repeats, int) else repeats
     rounds = max(counts.values())
+    order, draw = list(methods), random.Random(0)
     for turn in range(rounds):
-        for name, method in methods.items():
+        draw.shuffle(order)
+        for name in order:
+            method = methods[name]
             if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
                 before = stolen()
                 took = time_once(in_a_row(method, calls[name]))

@@ -182,7 +182,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   //   taken [S] int32, each user's nodes ascending; taken_begin [U + 1] int64
   m.def(
       "trie_beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor first_child, "
-      "Tensor labels, int width, *, int level_begin, int level_end, str softmax=\"vocab\", "
+      "Tensor labels, int width, int level_begin, int level_end, str softmax=\"vocab\", "
       "float temperature=1.0, " GENREC_FILTER
       ") "
       "-> (Tensor scores, Tensor parent, Tensor token, Tensor node)");
@@ -190,7 +190,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   // that may be entered.
   m.def(
       "trie_sample_step(Tensor logits, Tensor scores, Tensor? perturbed, Tensor nodes, "
-      "Tensor first_child, Tensor labels, int width, *, int level, int seed, "
+      "Tensor first_child, Tensor labels, int width, int level, int seed, "
       "float temperature=1.0, " GENREC_FILTER
       ") "
       "-> (Tensor scores, Tensor perturbed, Tensor parent, Tensor token, Tensor node)");

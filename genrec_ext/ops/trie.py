@@ -18,29 +18,43 @@ if TYPE_CHECKING:
     from ..trie import Trie
 
 
+# A step is called once a token, where a small one takes as long as its call: the operators
+# themselves, their arguments by position.
+_beam_step = torch.ops.genrec.trie_beam_step.default
+_sample_step = torch.ops.genrec.trie_sample_step.default
+
+
 def _plain(x: Tensor) -> Tensor:
     """Without gradient; most often as it is."""
     return x.detach() if x.requires_grad else x
 
 
-def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter | None) -> dict[str, Any]:
-    """What a step may not enter, as the operators take it."""
+def _floats(x: Tensor) -> Tensor:
+    """float32 without gradient; most often as it is."""
+    return _plain(x) if x.dtype == torch.float32 else _plain(x).float()
+
+
+def _filter(
+    trie: Trie, level: int, forbidden: Tensor | ItemFilter | None
+) -> tuple[Tensor | None, ...]:
+    """What a step may not enter, as the operators take it: forbidden, closed, closed_row, taken,
+    taken_begin, or as many of them as are needed."""
     if forbidden is None:
         closed = trie.closed(level)
-        return {} if closed is None else {"closed": closed}
+        return () if closed is None else (None, closed)
     if not hasattr(forbidden, "trie"):
-        mask = torch.as_tensor(forbidden, device=trie.device)
-        return {"forbidden": mask, "closed": trie.closed(level)}
+        return torch.as_tensor(forbidden, device=trie.device), trie.closed(level)
     request = cast("ItemFilter", forbidden)
     if request.trie is not trie.version:
         raise ValueError("forbidden must be a filter of this version of the trie")
     closed = request.closed[level]
-    return {
-        "closed": closed,
-        "closed_row": None if closed is None else request.closed_row,
-        "taken": None if request.taken is None else request.taken[level],
-        "taken_begin": None if request.taken_begin is None else request.taken_begin[level],
-    }
+    return (
+        None,
+        closed,
+        None if closed is None else request.closed_row,
+        None if request.taken is None else request.taken[level],
+        None if request.taken_begin is None else request.taken_begin[level],
+    )
 
 
 def trie_beam_step(
@@ -91,18 +105,18 @@ def trie_beam_step(
     order of ties are ours.
     """
     level_begin, level_end = trie.level_columns(level, logits.shape[-1])
-    return torch.ops.genrec.trie_beam_step(
+    return _beam_step(
         _plain(logits),
-        _plain(scores).float(),
+        _floats(scores),
         integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
         width,
-        level_begin=level_begin,
-        level_end=level_end,
-        softmax=softmax,
-        temperature=temperature,
-        **_filter(trie, level, forbidden),
+        level_begin,
+        level_end,
+        softmax,
+        temperature,
+        *_filter(trie, level, forbidden),
     )
 
 
@@ -155,18 +169,18 @@ def trie_sample_step(
     Source: Kool, van Hoof and Welling 2019 (arXiv 1903.06059), stochastic beam search; the trie,
     the generator and its counters are ours.
     """
-    return torch.ops.genrec.trie_sample_step(
+    return _sample_step(
         _plain(logits),
-        _plain(scores).float(),
-        None if perturbed is None else _plain(perturbed).float(),
+        _floats(scores),
+        None if perturbed is None else _floats(perturbed),
         integers("nodes", nodes),
         trie.first_child(level),
         trie.labels(level),
         width,
-        level=level,
-        seed=_signed(seed),
-        temperature=temperature,
-        **_filter(trie, level, forbidden),
+        level,
+        _signed(seed),
+        temperature,
+        *_filter(trie, level, forbidden),
     )
 
 
@@ -199,16 +213,10 @@ def _trie_beam_step_fake(
     first_child: Tensor,
     labels: Tensor,
     width: int,
-    *,
-    forbidden: Tensor | None = None,
-    closed: Tensor | None = None,
-    closed_row: Tensor | None = None,
-    taken: Tensor | None = None,
-    taken_begin: Tensor | None = None,
-    **_: Any,
+    *rest: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    one_device(logits, scores, nodes, first_child, labels, forbidden)
-    one_device(logits, closed, closed_row, taken, taken_begin)
+    one_device(logits, scores, nodes, first_child, labels, *rest, *named.values())
     shape = (nodes.shape[0], width)
     parent, token, node = (nodes.new_empty(shape) for _ in range(3))
     return scores.new_empty(shape), parent, token, node
@@ -219,15 +227,11 @@ def _trie_sample_step_fake(
     scores: Tensor,
     perturbed: Tensor | None,
     nodes: Tensor,
-    first_child: Tensor,
-    labels: Tensor,
-    width: int,
-    **filters: Any,
+    *rest: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     one_device(logits, perturbed)
-    best, parent, token, node = _trie_beam_step_fake(
-        logits, scores, nodes, first_child, labels, width, **filters
-    )
+    best, parent, token, node = _trie_beam_step_fake(logits, scores, nodes, *rest, **named)
     return best, best.new_empty(best.shape), parent, token, node
 
 
