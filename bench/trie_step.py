@@ -274,6 +274,7 @@ def scaling(quick: bool) -> list[dict]:
             "genrec": lambda steps=steps: [ours(step) for step in steps],
             "genrec, level": lambda steps=steps: [ours(step, "level") for step in steps],
             "eager": faster(steps, "vocab", expected)[1],
+            "plain read": lambda steps=steps: [step.logits.sum() for step in steps],
         }
         times = by_threads(methods, [1, 2], 2 if quick else 5, 0.05 if quick else 0.5)
         print(case, {n: round(t["genrec"]["median"], 3) for n, t in times.items()}, flush=True)
@@ -418,13 +419,16 @@ def targets(results: dict[str, Any]) -> list[str]:
         if name == "eager":
             under = sum(value < 3 for value in values)
             row("the same, smallest", "3", f"{under} of {len(values)} cases are below", not under)
-    for name in ("genrec", "genrec, level"):
+    for name in ("genrec", "genrec, level", "plain read"):
         values = [
             r["times"]["1"][name]["median"] / r["times"]["2"][name]["median"]
             for r in results["scaling"]
         ]
         reached = f"{median(values):.2f}, {min(values):.2f}, {max(values):.2f}"
-        row(f"{name}, 1 / 2 threads", "1.7 each", reached, min(values) >= 1.7)
+        if name == "plain read":
+            rows.append([f"{name} of the logits, 1 / 2 threads", "", reached, ""])
+        else:
+            row(f"{name}, 1 / 2 threads", "1.7 each", reached, min(values) >= 1.7)
     for r in results["bandwidth"]:
         for n, times in r["times"].items():
             _, read = fastest_read(times)
@@ -509,7 +513,13 @@ def report(results: dict[str, Any]) -> list[str]:
     methods = ["genrec", "eager", "STATIC", "eager / genrec"]
     header = [f"{method}, {kind}" for method in methods for kind in ("default", "tuned")]
     lines += table(["items / V / users / width", *header], rows)
-    lines += ["## One thread and two", ""]
+    lines += [
+        "## One thread and two",
+        "",
+        "A plain read is torch.sum of all logits: what of them comes from memory comes to two"
+        " threads no sooner than the memory gives it.",
+        "",
+    ]
     names = list(results["scaling"][0]["times"]["1"])
     rows = []
     for r in results["scaling"]:
