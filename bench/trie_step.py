@@ -300,8 +300,8 @@ def bandwidth(quick: bool) -> list[dict]:
                 "wmemchr": lambda x=logits: search_absent(x),
             },
             [1, 2],
-            2 if quick else 5,
-            0.05 if quick else 1,
+            2 if quick else 9,
+            0.05 if quick else 2,
         )
         results.append({"case": case, "bytes": logits.numel() * 4, "times": times})
     return results
