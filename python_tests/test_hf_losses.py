@@ -608,11 +608,30 @@ def test_each_prefix_is_decoded_once_and_each_user_encoded_once():
         most += max(map(len, prefixes))
     assert decoded == [(3, most)]
     assert most < 0.8 * L * 21
-    # Users' tokens stand in one row, without padding; unpadded ones in a row each.
+    assert encoded == [(3, given["input_ids"].shape[1])]
+
+
+def test_padding_is_left_out_where_nobody_watches_the_encoder(monkeypatch):
+    from genrec_ext.integrations import hf_candidates
+
+    model = tiny("t5")
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=5).draw(torch.tensor([0, 7, 9]), seed=2)
+    packed, forward = [], hf_candidates._PackedAttention.forward
+
+    def told(self, hidden_states, *args, **named):
+        packed.append(tuple(hidden_states.shape[:2]))
+        return forward(self, hidden_states, *args, **named)
+
+    monkeypatch.setattr(hf_candidates._PackedAttention, "forward", told)
+    hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
     assert 0 < given["attention_mask"].sum() < given["attention_mask"].numel()
-    assert encoded == [(1, given["attention_mask"].sum())]
+    assert packed == [(1, given["attention_mask"].sum())] * len(model.encoder.block)
     hf.sid_pairwise_logps(model, drawn, input_ids=given["input_ids"], offsets=OFFSETS)
-    assert encoded[1] == tuple(given["input_ids"].shape)
+    model.encoder.block[0].register_forward_hook(lambda *_: None)
+    hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+    assert len(packed) == len(model.encoder.block)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -658,6 +677,159 @@ def test_padding_is_not_encoded_and_changes_nothing(family, side):
             model, drawn, encoder_outputs=states, attention_mask=none.long(), offsets=OFFSETS
         ),
     )
+
+
+def hooked_positions(model):
+    places = torch.randn(64, model.config.d_model, dtype=model.dtype)
+    model.encoder.embed_tokens.register_forward_hook(lambda _, __, x: x + places[: x.shape[1]])
+
+
+def positions_in_a_subclass(model):
+    class Own(type(model.encoder)):
+        def forward(self, input_ids=None, inputs_embeds=None, **rest):
+            places = torch.arange(input_ids.shape[1], dtype=model.dtype).unsqueeze(-1)
+            return super().forward(inputs_embeds=self.embed_tokens(input_ids) + places, **rest)
+
+    model.encoder.__class__ = Own
+
+
+def attention_of_a_subclass(model):
+    attention = model.encoder.block[0].layer[0].SelfAttention
+
+    class Own(type(attention)):
+        def forward(self, *args, **named):
+            out, *rest = super().forward(*args, **named)
+            return (2 * out, *rest)
+
+    attention.__class__ = Own
+
+
+def compiled_encoder(model):
+    model.encoder = torch.compile(model.encoder, backend="eager")
+
+
+def patched_forward(model):
+    whole = model.encoder.forward
+    model.encoder.forward = lambda *args, **named: whole(*args, **named)
+
+
+def adapter_that_begins_with_relu(model):
+    adapter = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(*[model.config.d_model] * 2))
+    model.decoder.block[0].layer[-1].adapter = adapter.to(model.dtype)
+    model.decoder.block[0].layer[-1].register_forward_hook(lambda m, _, x: x + m.adapter(x))
+
+
+CHANGES = [
+    hooked_positions, positions_in_a_subclass, attention_of_a_subclass, compiled_encoder,
+    patched_forward, adapter_that_begins_with_relu,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_made_of_a_model_counts(change):
+    torch.manual_seed(0)
+    model = tiny("t5", dtype=torch.float32)
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=5).draw(torch.tensor([0, 7, 9]), seed=2)
+    with torch.no_grad():
+        before = naive_logps(model, drawn, given, False)
+        change(model)
+        want = naive_logps(model, drawn, given, False)
+        ours = hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+    unchanged = change in (compiled_encoder, patched_forward)
+    assert unchanged or not torch.allclose(before, want, atol=1e-3)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_see_what_they_would_without_us():
+    model = tiny("t5", dtype=torch.float32)
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=5).draw(torch.tensor([0, 7, 9]), seed=2)
+    feed_forward = model.decoder.block[0].layer[-1].DenseReluDense
+    kept, called = [], []
+    feed_forward.wi.register_forward_hook(lambda _, __, x: kept.append(x))
+    feed_forward.wi.register_full_backward_hook(lambda *_: called.append("wi"))
+    for norm in (model.decoder.final_layer_norm, model.encoder.final_layer_norm):
+        norm.register_full_backward_hook(lambda *_: called.append("norm"))
+    hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS).sum().backward()
+    assert kept[0].min() < 0 and called == ["norm", "wi", "norm"]
+
+
+def test_what_is_hooked_for_a_call_does_not_stay():
+    model = tiny("t5", dtype=torch.float32)
+    for config in (model.config, model.encoder.config, model.decoder.config):
+        config.output_hidden_states = True
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=5).draw(torch.tensor([0, 7, 9]), seed=2)
+
+    def hooks():
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    counts = []
+    for _ in range(3):
+        hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+        counts.append(hooks())
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_norm_s_gradient_under_autocast_is_float32_s():
+    from genrec_ext.integrations.hf_candidates import _RootMeanSquare
+
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 7, 32, generator=g), torch.rand(32, generator=g) + 0.5
+    outer = torch.randn(5, 7, 32, generator=g)
+
+    def gradients(x, weight):
+        x, weight = (y.detach().requires_grad_() for y in (x, weight))
+        _RootMeanSquare.apply(x, weight, 1e-6).backward(outer.to(x.dtype))
+        return x.grad, weight.grad
+
+    want = gradients(x.double(), weight.double())
+    wide = x.double().requires_grad_()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    defined = torch.autograd.grad(normed, wide, outer.double())[0]
+    torch.testing.assert_close(want[0], defined)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(x, weight)
+    for ours, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_items_of_many_tokens():
+    """More than the fused attention takes."""
+    levels = 70
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2, (30, levels), generator=g)
+    model = tiny("t5", dtype=torch.float32)
+    drawn = CandidateSampler(codes, negatives=2).draw(torch.tensor([0, 7]), seed=2)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 5]])
+    offsets = [FIRST] * levels
+    ours = hf.sid_pairwise_logps(model, drawn, input_ids=ids, offsets=offsets)
+    tokens = (drawn.codes + FIRST).flatten(0, 1)
+    C = drawn.codes.shape[1]
+    logits = model(input_ids=ids.repeat_interleave(C, 0), labels=tokens).logits
+    want = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).view_as(ours)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_user_of_padding_alone_in_bfloat16():
+    model = tiny("t5", attention="eager", dtype=torch.float32)
+    codes, _ = catalogue()
+    given = read_only(model, examples(codes, 3))
+    given["attention_mask"][0] = 0
+    drawn = CandidateSampler(codes, negatives=5).draw(torch.tensor([0, 7, 9]), seed=2)
+    want = hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model.get_encoder()(input_ids=given["input_ids"])  # without a mask of its own
+        ours = hf.sid_pairwise_logps(
+            model, drawn, encoder_outputs=states, attention_mask=given["attention_mask"],
+            offsets=OFFSETS,
+        )  # fmt: skip
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours[0].float(), want[0], rtol=0.1, atol=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

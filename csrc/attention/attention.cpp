@@ -70,9 +70,7 @@ struct Inputs {
     require_paths(a);
   }
 
-  Tensor like_query() const {
-    return new_tensor(query, query.scalar_type(), {a.B, a.W, a.H, a.D});
-  }
+  Tensor like_query() const { return new_tensor(query, query.scalar_type(), {a.B, a.W, a.H, a.D}); }
 };
 
 void run(void (*kernel)(const PathArgs&, int64_t, int64_t), const PathArgs& a) {

@@ -1,8 +1,8 @@
 // CPU kernels of attention along the paths of a tree.  Compiled once an instruction
 // set; torch-free.
 //
-// Nodes are taken in their order, all heads of one after the other: its own rows lie in a row, those
-// on its path were read before, and every sum has the same order each time.
+// Nodes are taken in their order, all heads of one after the other: its own rows lie in a row,
+// those on its path were read before, and every sum has the same order each time.
 #include "attention/kernels.h"
 
 #include <cmath>

@@ -15,12 +15,13 @@ inline constexpr int64_t kMostLevels = 64;
 struct PathArgs {
   DType dtype = DType::f32;  // E: f32, bf16 or f16
   int64_t B = 0, W = 0, H = 0, D = 0, T = 0;
-  const void* query = nullptr;    // E [B, W, H, D]
-  const void* key = nullptr;      // E [B, W, H, D]
-  const void* value = nullptr;    // E [B, W, H, D]
-  const float* bias = nullptr;    // [H, T, T], by the levels of query and key
-  const int32_t* path = nullptr;  // [B, W, T]: each level's node on the way to this one, -1 below it
-  const float* keep = nullptr;    // [B, W, H, T]: what multiplies the shares, or null
+  const void* query = nullptr;  // E [B, W, H, D]
+  const void* key = nullptr;    // E [B, W, H, D]
+  const void* value = nullptr;  // E [B, W, H, D]
+  const float* bias = nullptr;  // [H, T, T], by the levels of query and key
+  const int32_t* path =
+      nullptr;                  // [B, W, T]: each level's node on the way to this one, -1 below it
+  const float* keep = nullptr;  // [B, W, H, T]: what multiplies the shares, or null
 
   // Forward writes these; backward reads the shares.
   float* shares = nullptr;  // [B, W, H, T]

@@ -807,7 +807,8 @@ def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _shallow(module: nn.Module) -> Any:
-    """A copy that shares everything but the table of its children."""
+    """A copy that shares everything but the tables of its children and its hooks: what is hooked
+    onto it for a call does not stay on the module."""
     if "forward" in vars(module):  # bound to the module itself, as accelerate's hooks are
         raise ValueError(
             f"{type(module).__name__}.forward has been replaced on the module, as for offloading; "
@@ -815,6 +816,9 @@ def _shallow(module: nn.Module) -> Any:
         )
     other = copy.copy(module)
     vars(other)["_modules"] = dict(module._modules)
+    for name, value in vars(module).items():
+        if name.startswith(("_forward", "_backward")) and isinstance(value, dict):
+            vars(other)[name] = copy.copy(value)
     return other
 
 

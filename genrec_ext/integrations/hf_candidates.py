@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..candidates import Candidates, context_logps
-from ..ops.attention import FUSED, path_attention
+from ..ops.attention import FUSED, MOST_LEVELS, path_attention
 
 try:
     from transformers import DynamicCache
@@ -110,7 +110,8 @@ class _Paths:
             slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)
         ]
         device = prefixes.tokens.device
-        self.fused = self._whole(prefixes) if device.type == "cpu" else None
+        can = device.type == "cpu" and len(self.widths) <= MOST_LEVELS
+        self.fused = self._whole(prefixes) if can else None
         row = torch.arange(len(prefixes.tokens), device=device).unsqueeze(1)
         # Of level t's prefixes at level j, 0 < j < t, among all users' prefixes in a row.
         self.above = [
@@ -301,9 +302,10 @@ class _CrossAttention(nn.Module):
         dropout = of.dropout if self.training else 0.0
         if mask is not None:
             mask = mask[:, :, :1]  # padding is padding for every query
+            blocked = torch.finfo(query.dtype).min
             if mask.dtype == torch.bool:
-                blocked = torch.finfo(query.dtype).min
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, blocked)
+            mask = mask.clamp(min=blocked).to(query.dtype)  # float32's least is bfloat16's -inf
         if dropout == 0 and query.device.type == "cpu":  # with dropout it is no faster
             mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
             return of.o(mixed.transpose(1, 2).flatten(2)), position_bias, None
@@ -334,7 +336,8 @@ class _RootMeanSquare(torch.autograd.Function):
         normed, weight, rate = ctx.saved_tensors
         product = grad * normed
         by_weight = product.flatten(0, -2).sum(0)
-        along = (product @ weight.unsqueeze(1)).mul_(-1 / normed.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            along = (product @ weight.unsqueeze(1)).mul_(-1 / normed.shape[-1])
         by_x = torch.mul(grad, weight, out=product).addcmul_(normed, along).mul_(rate)
         return by_x, by_weight, None
 
@@ -381,26 +384,62 @@ class _PackedAttention(nn.Module):
             else:
                 position_bias = query.new_zeros(1, of.n_heads, S, S)
         bias = cast(Tensor, position_bias)
-        scores = query @ key.transpose(2, 3)
-        scores += bias
-        scores = scores.masked_fill_(~self._real, torch.finfo(scores.dtype).min)
-        shares = F.dropout(scores.softmax(-1), of.dropout, self.training)
+        dtype = torch.promote_types(query.dtype, torch.float32)  # of transformers' softmax too
+        scores = (query @ key.transpose(2, 3)).to(dtype) + bias
+        scores = scores.masked_fill_(~self._real, torch.finfo(dtype).min)
+        shares = F.dropout(scores.softmax(-1), of.dropout, self.training).to(value.dtype)
         mixed = (shares @ value).transpose(1, 2).flatten(2).flatten(0, 1)
         return of.o(mixed.index_select(0, self._places).unsqueeze(0)), bias, None
 
 
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody waits for the module's own call, or has changed it."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
+
+
+def _from(module: nn.Module, *packages: str) -> bool:
+    """Whether its class is one of these packages' own."""
+    return type(module).__module__.startswith(packages)
+
+
+T5 = ("transformers.models.t5.", "transformers.models.mt5.")
+
+
 def _leaner(model: Any, stack: str) -> dict[str, nn.Module]:
     """What takes the place of a stack's norms and activations: the same numbers with less memory
-    to write."""
+    to write.  Only of modules that are transformers' own, and that nobody watches."""
     replaced: dict[str, nn.Module] = {}
     for name, module in model.get_submodule(stack).named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            continue  # somebody waits for its call
-        if type(module).__name__ in ("T5LayerNorm", "MT5LayerNorm"):
+        if not _from(module, *T5) or _watched(module):
+            continue
+        kind = type(module).__name__
+        if kind.endswith("LayerNorm"):
             replaced[f"{stack}.{name}"] = _Norm(module)
-        elif type(module) is nn.ReLU:  # what it reads is nobody else's
-            replaced[f"{stack}.{name}"] = nn.ReLU(inplace=True)
+        elif kind.endswith("DenseActDense"):
+            act, before = module.act, module.wi
+            own = type(act) is nn.ReLU and type(before) is nn.Linear  # which makes it anew
+            if own and not _watched(cast(nn.Module, act)) and not _watched(cast(nn.Module, before)):
+                replaced[f"{stack}.{name}.act"] = nn.ReLU(inplace=True)
     return replaced
+
+
+def _can_be_packed(model: Any) -> bool:
+    """Whether nothing in the encoder asks where a token stands but its self-attention."""
+    if getattr(model.config, "output_hidden_states", False) or getattr(
+        model.config, "output_attentions", False
+    ):
+        return False  # transformers would watch the blocks for them
+    return all(
+        _from(module, *T5, "transformers.activations", "torch.nn.modules.", "peft.")
+        and not _watched(module)
+        for module in model.encoder.modules()
+    )
 
 
 def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tensor | None:
@@ -413,7 +452,9 @@ def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None)
     real = attention_mask != 0
     B, S = real.shape
     # A user of padding alone attends to it; a mask of other numbers means something else.
-    if not (attention_mask == real).all() or not real.any(1).all() or real.sum() > 0.95 * B * S:
+    if not (attention_mask == real).all() or not real.any(1).all() or real.sum() >= 0.95 * B * S:
+        return None
+    if not _can_be_packed(model):
         return None
     name, x = next(iter(given.items()))
     if x.shape[:2] != real.shape:

@@ -15,6 +15,7 @@ from .. import _load  # noqa: F401  (registers the schema)
 from ._shared import first_order_only, one_device
 
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LEVELS = 64
 
 
 def path_attention(
