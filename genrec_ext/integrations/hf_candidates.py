@@ -237,6 +237,15 @@ def _as_weights(shares: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
     return (shares if keep is None else shares * keep).to(like.dtype).unsqueeze(-1)
 
 
+def _position_bias(attention: Any, T: int, like: Tensor, given: Tensor | None) -> Tensor:
+    """``[1, h, T, T]``: what an earlier layer has ``given``, or the first layer's own."""
+    if given is not None:
+        return given
+    if attention.has_relative_attention_bias:
+        return cast(Tensor, attention.compute_bias(T, T, device=like.device))
+    return like.new_zeros(1, attention.n_heads, T, T)
+
+
 class _PathAttention(nn.Module):
     """T5's self-attention, over the paths of prefixes."""
 
@@ -249,13 +258,7 @@ class _PathAttention(nn.Module):
         self, hidden_states: Tensor, *_: Any, position_bias: Tensor | None = None, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
         of = self.of
-        if position_bias is None:
-            T = len(self._paths.widths)
-            if of.has_relative_attention_bias:
-                position_bias = of.compute_bias(T, T, device=hidden_states.device)
-            else:
-                position_bias = hidden_states.new_zeros(1, of.n_heads, T, T)
-        bias = cast(Tensor, position_bias)
+        bias = _position_bias(of, len(self._paths.widths), hidden_states, position_bias)
         query, key, value = (
             layer(hidden_states).unflatten(-1, (of.n_heads, -1)) for layer in (of.q, of.k, of.v)
         )
@@ -356,34 +359,32 @@ class _Norm(nn.Module):
         return _RootMeanSquare.apply(hidden_states, weight, self.of.variance_epsilon)
 
 
+def _with_padding(x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """``[B, S, d]`` of the tokens ``x [N, d]`` at these places, zeros elsewhere."""
+    return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, places, x).view(*shape, -1)
+
+
 class _PackedAttention(nn.Module):
     """T5's self-attention in the encoder, over users' tokens in one row without their padding."""
 
-    def __init__(self, attention: Any, real: Tensor) -> None:
-        """``real [B, S]``: where there is a token."""
+    def __init__(self, attention: Any, real: Tensor, places: Tensor) -> None:
+        """``real [B, S]``: where there is a token; ``places``: the same as numbers of B * S."""
         super().__init__()
-        self.of, self._shape = attention, real.shape
-        self._places = real.flatten().nonzero().squeeze(1)
+        self.of, self._shape, self._places = attention, real.shape, places
         self._real = real.view(len(real), 1, 1, -1)
         self.training = attention.training
 
     def _apart(self, x: Tensor) -> Tensor:
         """``[B, h, S, d]`` of ``x [1, N, h * d]``, zeros where there is padding."""
-        B, S = self._shape
-        padded = x.new_zeros(B * S, x.shape[-1]).index_copy(0, self._places, x[0])
-        return padded.view(B, S, self.of.n_heads, -1).transpose(1, 2)
+        padded = _with_padding(x[0], self._places, self._shape)
+        return padded.unflatten(-1, (self.of.n_heads, -1)).transpose(1, 2)
 
     def forward(
         self, hidden_states: Tensor, *_: Any, position_bias: Tensor | None = None, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
-        of, S = self.of, self._shape[1]
+        of = self.of
         query, key, value = (self._apart(layer(hidden_states)) for layer in (of.q, of.k, of.v))
-        if position_bias is None:
-            if of.has_relative_attention_bias:
-                position_bias = of.compute_bias(S, S, device=query.device)
-            else:
-                position_bias = query.new_zeros(1, of.n_heads, S, S)
-        bias = cast(Tensor, position_bias)
+        bias = _position_bias(of, self._shape[1], query, position_bias)
         dtype = torch.promote_types(query.dtype, torch.float32)  # of transformers' softmax too
         scores = (query @ key.transpose(2, 3)).to(dtype) + bias
         scores = scores.masked_fill_(~self._real, torch.finfo(dtype).min)
@@ -450,23 +451,25 @@ def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None)
     if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask.dim() != 2:
         return None
     real = attention_mask != 0
-    B, S = real.shape
     # A user of padding alone attends to it; a mask of other numbers means something else.
-    if not (attention_mask == real).all() or not real.any(1).all() or real.sum() >= 0.95 * B * S:
+    if (
+        not (attention_mask == real).all()
+        or not real.any(1).all()
+        or real.sum() >= 0.95 * real.numel()
+    ):
         return None
     if not _can_be_packed(model):
         return None
     name, x = next(iter(given.items()))
     if x.shape[:2] != real.shape:
         return None
-    replaced = _leaner(model, "encoder")
+    replaced, places = _leaner(model, "encoder"), real.flatten().nonzero().squeeze(1)
     for layer in range(len(model.encoder.block)):
         at = f"encoder.block.{layer}.layer.0.SelfAttention"
-        replaced[at] = _PackedAttention(model.get_submodule(at), real)
+        replaced[at] = _PackedAttention(model.get_submodule(at), real, places)
     encoder: Any = _replaced(_unwrapped(model), replaced).encoder
     packed = encoder(**{name: x[real].unsqueeze(0)})[0]
-    places = real.flatten().nonzero().squeeze(1)
-    return packed.new_zeros(B * S, packed.shape[-1]).index_copy(0, places, packed[0]).view(B, S, -1)
+    return _with_padding(packed[0], places, real.shape)
 
 
 def sid_pairwise_logps(
