@@ -1,12 +1,13 @@
 """What a training step costs with APAO's pairwise loss, beside one with cross-entropy alone.
 
-python bench/bench_pairwise_step.py --data DIR [--data DIR ...]
+python bench/bench_pairwise_step.py --data DIR [--data DIR ...] [--device cuda]
 
 Whole steps: batch, forward, backward, clipping and optimiser. "Each prefix once" is what the
 training loop does; "every candidate" repeats a user's state for each candidate and decodes all of
 their rows, as the loss is commonly written. Both draw the same candidates and give the same loss.
-Processor time, of all threads together, is what a busy machine disturbs least; the ratios are of
-it.  Results go to bench/results/pairwise-step.{md,json}.
+On a CPU, processor time, of all threads together, is what a busy machine disturbs least; the ratios
+are of it, and on a GPU of the time between events.  Results go to
+bench/results/pairwise-step.{md,json} and pairwise-step-cuda.{md,json}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleaved, quantiles, table, write_report
+from common import interleaved, ms, quantiles, table, write_report
 from torch import Tensor
 
 from genrec_ext import Candidates, token_logps
@@ -50,27 +51,32 @@ class EveryCandidate(PrefixPairwise):
         return logps.view(B, C, L)
 
 
-def compact(softmax: str) -> Callable[[Interactions, Sequence[int], int], tuple[Steps, int]]:
+Builder = Callable[[Interactions, Sequence[int], int, str], tuple[Steps, int]]
+
+
+def compact(softmax: str) -> Builder:
     """The compact model: five batches of its sft stage, from the shortest histories to the longest.
 
-    The returned function takes the data, numbers of positions with candidates, and negatives; it
-    returns the methods and how many steps a call is.
+    The returned function takes the data, numbers of positions with candidates, negatives and the
+    device; it returns the methods and how many steps a call is.
     """
 
-    def build(data: Interactions, positions: Sequence[int], negatives: int) -> tuple[Steps, int]:
+    def build(
+        data: Interactions, positions: Sequence[int], negatives: int, device: str
+    ) -> tuple[Steps, int]:
         assert data.codes is not None
         train = leave_one_out(data).train
 
         def trainer(**settings: Any) -> SFTTrainer:
             sizes = [int(size) for size in data.codes.max(0) + 1]
             model = CompactRecommender(CompactConfig(softmax=softmax), data.codes, sizes)
-            return SFTTrainer(model.train(), train, SFTConfig(**settings))
+            return SFTTrainer(model.to(device).train(), train, SFTConfig(**settings))
 
         trainers = {BASE: trainer()}
         for count in positions:
             settings = {"objective": "apao-pairwise", "positions": count, "negatives": negatives}
             once, every = trainer(**settings), trainer(**settings)
-            every.objective = EveryCandidate(every.config, every.model)
+            every.objective = EveryCandidate(every.config, every.model).to(device)
             every.sequence_loss = SequenceLoss(every.model, every.objective)
             trainers[f"{count} positions, each prefix once"] = once
             trainers[f"{count} positions, every candidate"] = every
@@ -110,27 +116,32 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--negatives", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
+    device, on_cpu = arguments.device, arguments.device == "cpu"
     sections, raw = [], []
     for path in arguments.data:
         data = load(path)
         for name in arguments.models:
             torch.manual_seed(0)
-            methods, steps = MODELS[name](data, arguments.positions, arguments.negatives)
+            methods, steps = MODELS[name](data, arguments.positions, arguments.negatives, device)
             noted: dict[str, list[float]] = {method: [] for method in methods}
-            watched = {m: with_processor_time(call, noted[m]) for m, call in methods.items()}
-            times = interleaved(watched, arguments.repeats)
+            if on_cpu:
+                methods = {m: with_processor_time(call, noted[m]) for m, call in methods.items()}
+            times = interleaved(methods, arguments.repeats, device=device)
             # The first call is the one that warms up.
-            processor = {method: quantiles(values[1:]) for method, values in noted.items()}
-            base = processor[BASE]["median"]
-            header = ["step", "median", "p20", "p80", "processor time", "times cross-entropy"]
+            processor = {m: quantiles(values[1:]) for m, values in noted.items() if on_cpu}
+            compared = processor or times
+            base = compared[BASE]["median"]
+            header = ["step", "median", "p20", "p80", *["processor time"] * on_cpu]
+            header.append("times cross-entropy")
             rows = [
                 [
                     method,
-                    *(f"{found[key] / steps:.1f}" for key in ("median", "p20", "p80")),
-                    f"{processor[method]['median'] / steps:.1f}",
-                    f"{processor[method]['median'] / base:.2f}",
+                    *(ms(found[key] / steps) for key in ("median", "p20", "p80")),
+                    *(ms(processor[method]["median"] / steps) for _ in range(on_cpu)),
+                    f"{compared[method]['median'] / base:.2f}",
                 ]
                 for method, found in times.items()
             ]
@@ -147,12 +158,14 @@ def main() -> None:
                 }
             )
     write_report(
-        "pairwise-step",
+        "pairwise-step" if on_cpu else "pairwise-step-cuda",
         f"Training steps with {arguments.negatives} negatives",
         "python bench/bench_pairwise_step.py "
-        + " ".join(f"--data {p.name}" for p in arguments.data),
+        + " ".join(f"--data {p.name}" for p in arguments.data)
+        + ("" if on_cpu else " --device cuda"),
         sections,
         raw,
+        device=device,
     )
 
 

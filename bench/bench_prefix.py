@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, bars, interleaved, machine_line, peak_memory, table, write_report
+from common import RESULTS, bars, interleaved, machine_line, ms, peak_memory, table, write_report
 
 import genrec_ext
 from genrec_ext import reference
@@ -144,7 +144,7 @@ def measure(shapes, methods_of, ours: tuple[str, ...], device, repeats) -> list[
                     "peak_mib": {k: peak_memory(f, device) for k, f in methods.items()},
                 }
             )
-            both = {k: round(v["median"], 2) for k, v in results[-1]["both"].items()}
+            both = {k: ms(v["median"]) for k, v in results[-1]["both"].items()}
             print(shape, dtype, both, flush=True)
     return results
 
@@ -159,7 +159,7 @@ def tables(title: str, dimensions: str, results: list[dict], pairs: list[tuple[s
     rows = []
     for r in results:
         times = {name: r["alone"][name]["median"] for name in ("clone", *ours)}
-        row = [*head(r), *(f"{times[name]:.2f}" for name in times)]
+        row = [*head(r), *map(ms, times.values())]
         rows.append([*row, *(f"{times[name] / times['clone']:.2f}" for name in ours)])
     header = [dimensions, "logits", "clone", *ours, *(f"{name} / clone" for name in ours)]
     lines = [f"## {title}, beside a copy alone", "", *table(header, rows)]
@@ -167,7 +167,7 @@ def tables(title: str, dimensions: str, results: list[dict], pairs: list[tuple[s
     rows = []
     for r in results:
         times = {name: r["both"][name]["median"] for name in names}
-        row = [*head(r), *(f"{times[name]:.2f}" for name in names)]
+        row = [*head(r), *map(ms, times.values())]
         rows.append([*row, *(f"{times[peer] / times[own]:.1f}" for peer, own in pairs)])
     header = [dimensions, "logits", *names, *(f"{peer} / {own}" for peer, own in pairs)]
     lines += [f"## {title}, among all", "", *table(header, rows)]
@@ -208,8 +208,8 @@ def main() -> None:
         pairs = [(peer, "genrec") for peer in ("published", "eager", "compiled")]
         sections += tables("Pairwise", "B × C × T × V", results["pairwise"], pairs)
     command = "python bench/bench_prefix.py" + (" --device cuda" if device == "cuda" else "")
-    title = f"Prefix-aware losses on {machine_line().split(',')[0]}"
-    write_report(name, title, command, sections, results)
+    title = f"Prefix-aware losses on {machine_line(device=device).split(',')[0]}"
+    write_report(name, title, command, sections, results, device=device)
     bars(
         name,
         [

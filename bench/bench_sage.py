@@ -24,12 +24,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, bars, interleaved, machine_line, peak_memory, table, write_report
+from common import RESULTS, bars, interleaved, machine_line, ms, peak_memory, table, write_report
 
 import genrec_ext
 from genrec_ext import reference
 
 SHAPES = [(4096, 4, 1024), (512, 4, 8192), (64, 5, 151_936)]
+# Bandwidth where launches do not show.
+LARGE = (4096, 4, 8192)
 QUICK = [(256, 4, 1024), (8, 5, 32_000)]
 Methods = dict[str, Callable[[], Any]]
 
@@ -79,7 +81,7 @@ def loss_methods(shape, dtype, device) -> tuple[Methods, Methods]:
         losses["TRL"] = lambda x: from_logps(
             selective_log_softmax(x, tokens).float(), old, advantages, entropy
         )
-    if device == "cuda" and installed("liger_kernel"):
+    if device == "cuda" and installed("liger_kernel") and installed("triton"):
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         wider = torch.cat([logits.detach(), logits.detach()[:, :1]], 1).requires_grad_()
@@ -115,6 +117,19 @@ def loss_methods(shape, dtype, device) -> tuple[Methods, Methods]:
 FIRST = "genrec, first"
 
 
+def that_run(methods: Methods) -> Methods:
+    """Without the peers that do not run here, which is said."""
+    left = dict(methods)
+    for name, method in methods.items():
+        if name.startswith(("TRL", "Liger")):
+            try:
+                method()
+            except Exception as error:
+                print(f"{name} does not run here: {type(error).__name__}: {error}"[:300])
+                del left[name]
+    return left
+
+
 def measure_loss(shapes, device, repeats) -> list[dict]:
     cases = [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     # All of them before the others run at all: what those leave in the allocator decides whether
@@ -129,7 +144,7 @@ def measure_loss(shapes, device, repeats) -> list[dict]:
     results = []
     for (shape, dtype), beside_copy in zip(cases, alone, strict=True):
         torch.compiler.reset()
-        both, forward = loss_methods(shape, dtype, device)
+        both, forward = map(that_run, loss_methods(shape, dtype, device))
         results.append(
             {
                 "shape": shape,
@@ -160,24 +175,24 @@ def loss_tables(results: list[dict]) -> list[str]:
         copy, ours, inplace = (
             r["alone"][name]["median"] for name in ("clone", "genrec", "genrec in place")
         )
-        row = [*shape_and_dtype(r), f"{copy:.2f}", f"{ours:.2f}", f"{inplace:.2f}"]
+        row = [*shape_and_dtype(r), ms(copy), ms(ours), ms(inplace)]
         row += [f"{ours / copy:.2f}", f"{inplace / copy:.2f}", f"{copy / ours:.0%}"]
         first = r["alone"][FIRST]["median"] if kept else 0.0
-        rows.append(row + [f"{first:.2f}", f"{first / copy:.2f}"] * kept)
+        rows.append(row + [ms(first), f"{first / copy:.2f}"] * kept)
     header = ["N × T × V", "logits", "clone", "genrec", "in place", "genrec / clone"]
     header += ["in place / clone", "of copy bandwidth"] + ["first", "first / clone"] * kept
     lines += table(header, rows)
     for key, title in (("both", "Forward and gradient"), ("forward", "Forward alone")):
-        names = list(results[0][key])
+        names = shared(results, key)
         rows = []
         for r in results:
             times = {name: r[key][name]["median"] for name in names}
-            row = [*shape_and_dtype(r), *(f"{times[name]:.2f}" for name in names)]
+            row = [*shape_and_dtype(r), *(ms(times[name]) for name in names)]
             row += [f"{times['eager'] / times['genrec']:.1f}"]
             rows.append([*row, f"{times['compiled'] / times['genrec']:.1f}"])
         header = ["N × T × V", "logits", *names, "eager / genrec", "compiled / genrec"]
         lines += [f"## {title}, among all", "", *table(header, rows)]
-    names = list(results[0]["peak_mib"])
+    names = shared(results, "peak_mib")
     rows = [
         [*shape_and_dtype(r), f"{r['logits_mib']:.0f}"]
         + [f"{max(r['peak_mib'][name], 0):.0f}" for name in names]
@@ -186,6 +201,11 @@ def loss_tables(results: list[dict]) -> list[str]:
     header = ["N × T × V", "logits", "logits, MiB", *names]
     lines += ["## Peak memory of forward and gradient, MiB beyond the logits", ""]
     return [*lines, *table(header, rows)]
+
+
+def shared(results: list[dict], key: str) -> list[str]:
+    """The methods that ran in every case."""
+    return [name for name in results[0][key] if all(name in r[key] for r in results)]
 
 
 def shape_and_dtype(r: dict) -> list[str]:
@@ -219,6 +239,8 @@ def measure_support(shape, device, repeats) -> list[dict]:
         def gradient(x, run=run, **settings):
             return torch.autograd.grad(run(x, **settings), x)
 
+        # Enough calls that what the first one finds counts for little.
+        at_least = 1.0 if device == "cuda" else 100.0
         methods: Methods = {
             "all columns": lambda x=source, f=gradient: f(x),
             "ranges": lambda x=source, f=gradient, r=ranges: f(x, ranges=r),
@@ -230,7 +252,7 @@ def measure_support(shape, device, repeats) -> list[dict]:
             {
                 "shape": shape,
                 "dtype": str(dtype).removeprefix("torch."),
-                "row": interleaved(methods, repeats, warmup=2, device=device, at_least=100.0),
+                "row": interleaved(methods, repeats, warmup=2, device=device, at_least=at_least),
                 "both": interleaved(methods, repeats, warmup=2, device=device),
                 "peak_mib": {k: peak_memory(f, device) for k, f in methods.items()},
             }
@@ -329,13 +351,7 @@ def measure_head(shapes, device, repeats) -> list[dict]:
     for N, T, V, d in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             torch.compiler.reset()
-            methods = head_methods(N, T, V, d, dtype, device)
-            for name, method in list(methods.items()):
-                try:
-                    method()
-                except Exception as error:  # a peer that does not run here is left out, and said
-                    print(f"{name} does not run here: {type(error).__name__}: {error}"[:300])
-                    del methods[name]
+            methods = that_run(head_methods(N, T, V, d, dtype, device))
             results.append(
                 {
                     "shape": (N, T, V, d),
@@ -363,7 +379,7 @@ def against_table(results: list[dict], shape_name: str, base: str) -> list[str]:
                     " × ".join(map(str, r["shape"])),
                     r["dtype"],
                     name,
-                    f"{times['median']:.2f}",
+                    ms(times["median"]),
                     f"{r['peak_mib'][name]:.0f}",
                     f"{times['median'] / ours:.1f}",
                 ]
@@ -381,7 +397,7 @@ def support_table(results: list[dict]) -> list[str]:
             base = "ranges, forward" if name.endswith("forward") else "ranges"
             for times in (row, alone):
                 took = times[name]["median"]
-                cells += [f"{took:.2f}", f"{took / times[base]['median']:.1f}"]
+                cells += [ms(took), f"{took / times[base]['median']:.1f}"]
             rows.append([*cells, f"{r['peak_mib'][name]:.0f}"])
     head = [
         "N × T × V",
@@ -425,7 +441,8 @@ def main() -> None:
     if options.only and (RESULTS / f"{name}.json").exists():  # the other parts stay
         results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     if "loss" in wanted:
-        results["loss"] = measure_loss(QUICK if quick else SHAPES, device, repeats)
+        shapes = QUICK if quick else [*SHAPES, LARGE] if device == "cuda" else SHAPES
+        results["loss"] = measure_loss(shapes, device, repeats)
     if "support" in wanted:
         results["support"] = measure_support((QUICK if quick else SHAPES)[-1], device, repeats)
     if "head" in wanted:
@@ -436,9 +453,9 @@ def main() -> None:
         sections += ["## 256-wide levels of a large vocabulary", ""]
         sections += [
             "In a row: calls of one method, one after the other. Alone: one call after those of "
-            "the others, which leave nothing of ours in any cache; Python and autograd alone then "
-            "take about half a millisecond. Forward is compared with forward. MiB: peak beyond "
-            "the logits.",
+            "the others, which leave nothing of ours in any cache"
+            + ("; Python and autograd alone then take about half a millisecond" * (device == "cpu"))
+            + ". Forward is compared with forward. MiB: peak beyond the logits.",
             "",
             *support_table(results["support"]),
         ]
@@ -446,7 +463,8 @@ def main() -> None:
         sections += ["## Head and loss, 256-wide levels", ""]
         sections += against_table(results["head"], "N × T × V × d", "level_logits")
     command = "python bench/bench_sage.py" + (" --device cuda" if device == "cuda" else "")
-    write_report(name, f"sage_loss on {machine_line().split(',')[0]}", command, sections, results)
+    title = f"sage_loss on {machine_line(device=device).split(',')[0]}"
+    write_report(name, title, command, sections, results, device=device)
     picture(name, results)
 
 

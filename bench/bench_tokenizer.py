@@ -1,8 +1,8 @@
 """Tokenizer operators against the best plain-PyTorch form of each.
 
-Residual quantization against the matrix product (all rows at once, and by blocks that fit the
-cache), balanced assignment against the float64 definition, the straight-through embedding against
-the dense form, collisions by size.
+Residual quantization against the matrix product (all rows at once, and by blocks whose products fit
+the cache), balanced assignment against the float64 definition, the straight-through embedding
+against the dense form, collisions by size.
 
     python bench/bench_tokenizer.py [--device cuda] [--quick]
 """
@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import interleaved, peak_memory, table, write_report
+from common import interleaved, ms, peak_memory, table, write_report
 from torch import Tensor
 
 import genrec_ext
@@ -54,7 +54,7 @@ def quantize(raw: dict[str, Any], repeats: int, large: bool, device: str) -> lis
     rows = []
     for N, D, K, L in (*QUANTIZE, *((LARGE,) if large else ())):
         x, books = (v.to(device) for v in vectors(N, D, K, L))
-        block = max(64, (1 << 19) // K)
+        block = max(64, (1 << (23 if device == "cuda" else 19)) // K)
         methods = {
             "genrec": lambda x=x, books=books: genrec_ext.residual_quantize(x, books),
             "blocked": lambda x=x, books=books, b=block: by_matrix(x, books, b),
@@ -70,11 +70,11 @@ def quantize(raw: dict[str, Any], repeats: int, large: bool, device: str) -> lis
         raw[f"quantize {N} {D} {K} {L}"] = {"ms": times, "MiB": memory, "different": different}
         ours = times["genrec"]["median"]
         cells = [
-            f"{times[m]['median']:.3g} ({times[m]['median'] / ours:.1f}x)" if m in times else "-"
+            f"{ms(times[m]['median'])} ({times[m]['median'] / ours:.1f}x)" if m in times else "-"
             for m in ("blocked", "matrix")
         ]
         held = "-" if memory is None else f"{max(0, memory):.0f}"
-        rows.append([f"{N:,}", str(D), str(K), str(L), f"{ours:.3g}", *cells, held])
+        rows.append([f"{N:,}", str(D), str(K), str(L), ms(ours), *cells, held])
         rows[-1].append(str(different))
     header = ["N", "D", "K", "L", "genrec", "product by blocks", "product"]
     return [
@@ -99,10 +99,10 @@ def sinkhorn(raw: dict[str, Any], repeats: int, device: str) -> list[str]:
         raw[f"sinkhorn {N} {K} {iterations} {epsilon}"] = times
         ours = times["genrec"]["median"]
         others = [
-            f"{times[m]['median']:.3g} ({times[m]['median'] / ours:.1f}x)"
+            f"{ms(times[m]['median'])} ({times[m]['median'] / ours:.1f}x)"
             for m in ("float32", "float64")
         ]
-        rows.append([f"{N:,} x {K}, {iterations}", str(epsilon), f"{ours:.3g}", *others])
+        rows.append([f"{N:,} x {K}, {iterations}", str(epsilon), ms(ours), *others])
     header = ["N x K, iterations", "epsilon", "genrec", "logsumexp, float32", "float64"]
     return ["## Balanced assignment", "", *table(header, rows)]
 
@@ -133,7 +133,7 @@ def soft(raw: dict[str, Any], repeats: int, device: str) -> list[str]:
         device=device,
     )
     raw[f"soft {N} {L} {K} {E}"] = times
-    rows = [[name, f"{time['median']:.2f}"] for name, time in times.items()]
+    rows = [[name, ms(time["median"])] for name, time in times.items()]
     title = f"## Soft codes of {N:,} items, {L} levels of {K}, width {E}"
     return [title, "", *table(["", "ms"], rows)]
 
@@ -183,7 +183,7 @@ def main() -> None:
     command += (" --device cuda" if device == "cuda" else "") + (" --quick" if quick else "")
     title = f"Tokenizer operators on {'a GPU' if device == 'cuda' else 'the CPU'}"
     name = "tokenizer-quick" if quick else f"tokenizer-{device}"
-    write_report(name, title, command, sections, raw)
+    write_report(name, title, command, sections, raw, device=device)
 
 
 if __name__ == "__main__":

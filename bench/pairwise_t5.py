@@ -5,7 +5,8 @@ pairwise loss with each distinct prefix decoded once, over all prefix lengths an
 longest; and the pairwise loss as published, whose encoder states are repeated for every candidate.
 The model has TIGER's size.
 
-    python bench/pairwise_t5.py [--batches 16 64] [--naive 16] [--negatives 100] [--repeats 9]
+    python bench/pairwise_t5.py [--device cuda] [--quick] [--batches 16 64] [--naive 16]
+        [--negatives 100] [--repeats 9]
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from common import interleaved, peak_memory, table, write_report
+from common import interleaved, ms, peak_memory, table, write_report
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -131,7 +132,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--naive", type=int, nargs="*", default=[16], help="batches it is run at")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="4 users, 20 negatives, one repeat")
     args = parser.parse_args()
+    if args.quick:
+        args.batches, args.naive, args.negatives, args.repeats = [4], [4], 20, 1
     rows, raw = [], []
     for dropout in (0.0, 0.1):
         for batch in args.batches:
@@ -154,7 +158,7 @@ def main() -> None:
                         f"{dropout}",
                         f"{batch}",
                         name,
-                        f"{time['median']:.1f} ({time['p20']:.1f} to {time['p80']:.1f})",
+                        f"{ms(time['median'])} ({ms(time['p20'])} to {ms(time['p80'])})",
                         f"{time['median'] / base:.2f}",
                         f"{memory[name]:.0f}",
                     ]
@@ -171,9 +175,9 @@ def main() -> None:
             )
             print(rows[-len(times) :], f"contexts a user {nodes:.0f}", flush=True)
     header = ["dropout", "batch", "step", "ms (p20 to p80)", "times cross-entropy", "peak MiB"]
-    command = "python bench/pairwise_t5.py"
+    command = "python bench/pairwise_t5.py" + (" --device cuda" if args.device == "cuda" else "")
     write_report(
-        f"pairwise-t5-{args.device}",
+        "pairwise-t5-quick" if args.quick else f"pairwise-t5-{args.device}",
         "Pairwise steps on Hugging Face T5",
         command,
         [
@@ -183,6 +187,7 @@ def main() -> None:
             *table(header, rows),
         ],
         raw,
+        device=args.device,
     )
 
 

@@ -673,7 +673,8 @@ def run_cuda(quick: bool, device: str = "cuda") -> None:
     ]
     name = "trie-quick" if quick else f"trie-{device}"
     command = "python bench/bench_trie.py step --device cuda"
-    write_report(name, "A step of beam search under the trie", command, lines, raw)
+    title = "A step of beam search under the trie"
+    write_report(name, title, command, lines, raw, device=device)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class CandidateSampler(nn.Module):
     A negative is drawn uniformly and independently from all items but those that share the
     positive's semantic ID. So one may be drawn twice; like any candidate whose prefix an earlier
     one has, it then counts once. Draws come from a counter-based generator: a function of the seed,
-    the row and the place in it, the same on every device.
+    the row and the place in it, the same on every device. ``sampler.to`` moves it to that of the
+    positives, once; the draws are made there.
 
     Args:
         codes: ``[N, L]`` integers, each item's semantic ID.
@@ -136,7 +137,8 @@ class CandidateSampler(nn.Module):
                 Otherwise exactly the distinct prefixes have rows. Default: padded but on the CPU.
 
         Raises:
-            ValueError: positives or the seed are not integers.
+            ValueError: positives or the seed are not integers, or the positives are not on the
+                sampler's device.
             IndexError: a positive is no item; looked at on the CPU only.
         """
         positives = self._items("positives", positives, 1)
@@ -158,6 +160,11 @@ class CandidateSampler(nn.Module):
         ):
             raise ValueError(
                 f"{name} must be integers {shape}, got {items.dtype} {list(items.shape)}"
+            )
+        if items.device != self.codes.device:
+            raise ValueError(
+                f"{name} must be on the sampler's device, {self.codes.device}, got {items.device}: "
+                "sampler.to moves it"
             )
         items, N = items.long(), len(self.codes)
         if items.device.type == "cpu" and items.numel():
@@ -189,7 +196,7 @@ class CandidateSampler(nn.Module):
             padded: as in :meth:`draw`.
 
         Raises:
-            ValueError: items are not integers in two dimensions.
+            ValueError: items are not integers in two dimensions, or not on the sampler's device.
             IndexError: one is no item; looked at on the CPU only.
         """
         return self._describe(self._items("items", items, 2), padded)

@@ -37,6 +37,9 @@ class AdaptivePrefixWeights(nn.Module):
     away, leave the weights as they were.  Where ``torch.distributed`` is initialised, the losses
     are averaged over its ranks first, so all hold the same weights; every rank has to call.
 
+    The weights go to the device of the losses they are given, once, and stay there: a training
+    loop need not move them.
+
     Args:
         levels: P, the number of prefix lengths.
         eta: step size, at least 0.
@@ -82,6 +85,17 @@ class AdaptivePrefixWeights(nn.Module):
             self.log_weights = held.to(self.log_weights.device)
         return self
 
+    def follow(self, device: torch.device) -> AdaptivePrefixWeights:
+        """This module, its state on a device; nothing happens where it is there already.
+
+        Where tensors have no values (``meta``) it does not go.
+        """
+        if device != self.log_weights.device and device.type != "meta":
+            with torch.inference_mode(False):  # else training could not go on with what is made
+                self.log_weights = self.log_weights.to(device)
+                self.updates = self.updates.to(device)
+        return self
+
     @property
     def weights(self) -> Tensor:
         """``[P]`` float32, the present weights."""
@@ -103,10 +117,14 @@ class AdaptivePrefixWeights(nn.Module):
             raise ValueError(
                 f"per_level must have shape [{self.levels}], got {list(per_level.shape)}"
             )
+        self.follow(per_level.device)
         if not self.training:
             return self.weights
         old = self.log_weights
-        count = torch.as_tensor(count, device=old.device).double()
+        if isinstance(count, Tensor):
+            count = count.to(old)
+        else:  # filled on the device: a copy from the host would wait for it
+            count = torch.full((), float(count), dtype=old.dtype, device=old.device)
         losses = torch.where(count > 0, per_level.detach().to(old) * count, 0.0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             told = torch.cat([losses, count.view(1)])
@@ -148,7 +166,7 @@ class PrefixLoss(nn.Module):
 
     The weights are those after the batch's own losses, as in group-robust optimisation.  In
     ``train`` mode each call is an update of the weights, also one without gradient or under a
-    checkpoint that runs it again.
+    checkpoint that runs it again.  They go to the device of what they are called with.
 
     Args:
         levels: P, the number of prefix lengths.
@@ -214,6 +232,8 @@ class PrefixLoss(nn.Module):
 class PrefixPairwiseLoss(nn.Module):
     """APAO's pairwise loss with adaptive weights, from log-probabilities of candidates.
 
+    The weights go to the device of what they are called with.
+
     Args:
         levels: P, the number of prefix lengths.
         beta: weight of the prefixes.
@@ -252,7 +272,7 @@ class PrefixPairwiseLoss(nn.Module):
             )
 
         with torch.no_grad():
-            _, per_level = loss(self.adaptive.weights)
+            _, per_level = loss(self.adaptive.follow(logps.device).weights)
         return loss(self.adaptive(per_level, len(logps)))[0]
 
 

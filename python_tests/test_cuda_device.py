@@ -9,13 +9,17 @@ import torch
 import genrec_ext
 from genrec_ext import reference
 
-# One block a sequence, clusters of 2, 4 and 8, then three launches; odd sizes among them.
+# One block a sequence, clusters of 2, 4 and 8, rows cut in parts of which all or some are kept,
+# then several launches; odd sizes among them.
 PATHS = {
     "a block": (3, 4, 256),
     "a cluster of two": (2, 4, 5_001),
     "a cluster of four": (2, 4, 9_000),
     "a cluster of eight": (1, 8, 11_003),
-    "three launches": (1, 2, 131_075),
+    "rows in parts": (9, 3, 20_011),
+    "rows in parts, some read again": (8, 6, 100_003),
+    "several launches": (1, 2, 131_075),
+    "several launches of short rows": (1, 140, 5_001),
 }
 
 
@@ -73,6 +77,18 @@ def test_lists_longer_than_a_row_reach_nothing_outside(device, indices_checked):
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("path", PATHS)
+def test_the_ratio_to_itself_is_one(path, dtype, device):
+    """token_logps and the loss fold a row's sum in the same order, whichever path they take."""
+    logits, tokens, _, advantages = batch(PATHS[path], device, dtype)
+    old = genrec_ext.token_logps(logits, tokens)[0]
+    _, stats = genrec_ext.sage_loss(
+        logits.requires_grad_(), tokens, old, advantages, return_stats=True
+    )
+    assert stats.ratio == 1, "token_logps has other bits"
+
+
 @pytest.fixture
 def cuda(device):
     if device != "cuda":
@@ -91,7 +107,8 @@ def test_nothing_waits_for_the_device(path, cuda):
         loss.backward()
         logps, entropy = genrec_ext.token_logps(logits, rest[0])
         (logps.sum() + entropy.sum()).backward()
-        genrec_ext.sage_loss_from_logps(logps, *rest[1:]).backward()
+        again = logps.detach().requires_grad_()  # the graph of logps is gone
+        genrec_ext.sage_loss_from_logps(again, *rest[1:]).backward()
         genrec_ext.decoupled_advantages(rewards, weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -198,20 +198,24 @@ __device__ __forceinline__ RowSlope<acc_t<T>> slope_of(const Scores& in, const R
 
 // ---- sums over many ----
 
-// The sum of value(0) .. value(n - 1) in one block: each thread adds a strided
-// part, then a fixed tree.  Every thread gets it; `parts` holds kThreads doubles.
+// The sum of value(0) .. value(n - 1) in one block: each thread adds a strided part,
+// each warp those of its lanes by a fixed tree, and every thread the warps' in order.
+// Every thread gets it; of `parts`, kThreads doubles, a warp takes one.
 template <class Value>
 __device__ __forceinline__ double sum_block(int64_t n, double* parts, const Value& value) {
   double mine = 0;
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += kThreads) mine += value(i);
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    mine += __shfl_xor_sync(0xffffffffu, mine, width);
   __syncthreads();  // whoever still reads the last sum
-  parts[threadIdx.x] = mine;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < width) parts[threadIdx.x] += parts[threadIdx.x + width];
-  }
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  return parts[0];
+  double sum = parts[0];
+#pragma unroll
+  for (int i = 1; i < kThreads / kWarp; ++i) sum += parts[i];
+  return sum;
 }
 
 // ---- launches ----

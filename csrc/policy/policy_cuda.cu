@@ -1,13 +1,20 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// A loss goes one of two ways.  Where a sequence's rows fit the shared memory of
-// a block, or of a cluster of up to eight, one launch does all: rows are read
-// once, kept on the chip, and left as gradient.  Longer sequences take three
-// launches: sums of parts of rows, the sequences' scalar mathematics, gradient.
-// No index is trusted: a token, range or column list that points outside the row
-// is treated as outside the support.  Nothing waits for the device, so every call
-// can be captured in a graph.
+// A loss goes one of three ways.  Where a sequence's rows fit the shared memory of a
+// block, or of a cluster of up to eight, one launch does all: rows are read once, kept
+// on the chip, and left as gradient.  Long rows are shared by the eight blocks of a
+// cluster, which keep what fits and read the rest again, from the second-level cache as
+// far as that holds it.  What is left takes several launches: rows, the sequences' scalar
+// mathematics, gradient.
+//
+// How threads share a row and in which order its sum is folded depends on its number of
+// columns alone, so that a log-probability has the same bits whoever computes it, and the
+// ratio of a policy to itself is 1.
+//
+// No index is trusted: a token, range or column list that points outside the row is
+// treated as outside the support.  Nothing waits for the device, so every call can be
+// captured in a graph.
 #include "common/scores_cuda.cuh"
 #include "policy/advantages.h"
 #include "policy/kernels.h"
@@ -39,67 +46,182 @@ __device__ __forceinline__ Partial<S>* parts_of(S* workspace, int64_t r) {
   return reinterpret_cast<Partial<S>*>(workspace + r * kWorkspace + kRowState);
 }
 
-// A warp a row of up to this many columns; a block a part of a longer one.
-constexpr int64_t kWarpRow = 2048;
-
-// One launch for rows that are not cut: a warp or a block makes a row's state.
+// A row of up to kWarpRow columns is one warp's, of up to kShortRow kRowWarps warps'; a
+// longer one is cut into kMaxParts parts of a block each.
+constexpr int64_t kWarpRow = 2048, kShortRow = 16384;
+constexpr int kRowWarps = 4, kRowThreads = kRowWarps * kWarp;
+// Of a part's block: as many as have the registers that they need.  ThreadSanitizer has
+// no room for a cluster of those.
+#if defined(GENREC_SIMULATOR)
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    normalize_rows(Scores in, RowArrays<acc_t<T>> out, int warps_per_row) {
-  using S = acc_t<T>;
-  constexpr int kWarps = kThreads / kWarp;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t r =
-      blockIdx.x * static_cast<int64_t>(kWarps / warps_per_row) + warp / warps_per_row;
-  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  const bool mine = r < in.N * in.T && counts(in.mask, r);
+constexpr int kPartThreads = sizeof(acc_t<T>) == 8 ? 96 : 192;
+#else
+template <class T>
+constexpr int kPartThreads = sizeof(acc_t<T>) == 8 ? 384 : 768;
+#endif
+
+__host__ __device__ __forceinline__ int warps_of(int64_t V) {
+  return V <= kWarpRow ? 1 : kRowWarps;
+}
+
+// 16 more bytes, since a kept row starts as far from a 16-byte boundary as the logits
+// that it is read from.
+template <class T>
+__host__ __device__ __forceinline__ int64_t kept_bytes(int64_t columns) {
+  return round_up(columns * static_cast<int64_t>(sizeof(T)), 16) + 16;
+}
+
+// A row on its way through a block: its columns, its logits, and its token's own.
+template <class T>
+struct Row {
   RowColumns c{nullptr, 0, 0};
-  Partial<S> sum = empty_partial<S>();
-  if (mine) {
+  const T* x = nullptr;
+  bool counted = false, scored = false;
+  acc_t<T> own = 0;
+
+  Row() = default;
+  // The token's logit is asked for at once, before the others.
+  __device__ __forceinline__ Row(const Scores& in, int64_t r) : counted(counts(in.mask, r)) {
+    if (!counted) return;
     c = columns_of(in, r);
-    sum = sum_part<T>(in, c, row_of<T>(in, r), share_of(c.n, warp % warps_per_row, warps_per_row),
-                      lane, kWarp, nullptr);
+    x = row_of<T>(in, r);
+    scored = genrec::scored(in, c, r);
+    if (scored) own = load(x + in.tokens[r]);
   }
-  sum = merge_warp(sum, rate);
-  if (warps_per_row > 1) {
-    GENREC_SHARED(Partial<S>, parts, kWarps);
+
+  __device__ __forceinline__ RowState<acc_t<T>> state(const Scores& in,
+                                                      const Partial<acc_t<T>>& sum) const {
+    using S = acc_t<T>;
+    if (!counted) return {};
+    const Normalizer<S> z = c.n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
+    const S logp = scored ? (own - z.top) * static_cast<S>(in.inv_temperature) - z.log_sum
+                          : static_cast<S>(kOutsideLogp);
+    return {z, logp, S(0)};
+  }
+};
+
+// Where to keep a row in `memory`.
+template <class T>
+__device__ __forceinline__ T* keep_at(unsigned char* memory, const Row<T>& row) {
+  T* keep = reinterpret_cast<T*>(memory);
+  if (row.c.list == nullptr)
+    keep += reinterpret_cast<uintptr_t>(row.x + row.c.first) % 16 / sizeof(T);
+  return keep;
+}
+
+// The sum of a warp's share of a row that is kept, in every lane.  All of it is on its
+// way to `keep` before the first logit is looked at.
+template <class T>
+__device__ __forceinline__ Partial<acc_t<T>> sum_kept(const Scores& in, const Row<T>& row, Share s,
+                                                      int lane, T* keep) {
+  using S = acc_t<T>;
+  constexpr int kSize = Pack<T>::kSize;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  Partial<S> sum = empty_partial<S>();
+  if (row.counted && row.c.list != nullptr) {
+    sum = sum_part<T>(in, row.c, row.x, s, lane, kWarp, keep);
+  } else if (row.counted) {
+    const T* from = row.x + row.c.first;
+    each_pack(
+        from, s, lane, kWarp, [&](int64_t i) { copy_async(keep + i, from + i); },
+        [&](int64_t i) { keep[i] = from[i]; });
+    wait_for_copies();
+    // A lane reads what it has copied itself.
+    S most = S(-INFINITY);
+    const auto larger = [&](S x) { most = x > most ? x : most; };
+    each_pack(
+        from, s, lane, kWarp,
+        [&](int64_t i) {
+          const Pack<T> pack = load_pack(keep + i);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) larger(load(&pack.v[j]));
+        },
+        [&](int64_t i) { larger(load(keep + i)); });
+    sum.top = most;
+    if (most == S(-INFINITY)) {  // nothing but -inf and NaN
+      each_pack(
+          from, s, lane, kWarp,
+          [&](int64_t i) {
+            for (int j = 0; j < kSize; ++j)
+              if (const S x = load(keep + i + j); x != x) sum.e = x;
+          },
+          [&](int64_t i) {
+            if (const S x = load(keep + i); x != x) sum.e = x;
+          });
+    } else {
+      each_pack(
+          from, s, lane, kWarp,
+          [&](int64_t i) {
+            const Pack<T> pack = load_pack(keep + i);
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) add_under(sum, load(&pack.v[j]), rate);
+          },
+          [&](int64_t i) { add_under(sum, load(keep + i), rate); });
+    }
+  }
+  return merge_warp(sum, rate);
+}
+
+// The states of rows of up to kShortRow columns.  Shared memory: the block's rows.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 6)
+    normalize_rows(Scores in, RowArrays<acc_t<T>> out) {
+  using S = acc_t<T>;
+  GENREC_DYNAMIC_SHARED(unsigned char, memory);
+  const int warps = warps_of(in.V), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = warp / warps, part = warp % warps;
+  const int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps / warps) + local;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const bool mine = r < in.N * in.T;
+  Row<T> row;
+  if (mine) row = Row<T>(in, r);
+  Partial<S> sum = sum_kept<T>(in, row, share_of(row.c.n, part, warps), lane,
+                               keep_at<T>(memory + local * kept_bytes<T>(in.V), row));
+  if (warps > 1) {
+    GENREC_SHARED(Partial<S>, parts, kRowWarps);
     if (lane == 0) parts[warp] = sum;
     __syncthreads();
-    if (threadIdx.x == 0) sum = merge_parts(parts, kWarps, rate);
+    if (threadIdx.x == 0) sum = merge_parts(parts, kRowWarps, rate);
   }
-  if (lane != 0 || warp % warps_per_row != 0 || r >= in.N * in.T) return;
-  out.set(r, mine ? state_of<T>(in, c, r, sum) : RowState<S>{});
+  if (mine && part == 0 && lane == 0) out.set(r, row.state(in, sum));
 }
 
-// The sums of parts of rows, a block a part.
+// The sum of a block's part of a row, in thread 0.  `warps` holds one a warp.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    sum_parts(Scores in, acc_t<T>* workspace, int parts) {
+__device__ __forceinline__ Partial<acc_t<T>> warp_sum_of_part(const Scores& in, const RowColumns& c,
+                                                              const T* x, int part, T* keep) {
+  return merge_warp(sum_part<T>(in, c, x, share_of(c.n, part, kMaxParts),
+                                static_cast<int>(threadIdx.x), kPartThreads<T>, keep),
+                    static_cast<acc_t<T>>(in.inv_temperature * kLog2e));
+}
+
+// The sums of the parts of longer rows, a block a part.
+template <class T>
+__global__ void __launch_bounds__(kPartThreads<T>, 1) sum_parts(Scores in, acc_t<T>* workspace) {
   using S = acc_t<T>;
-  const int64_t r = blockIdx.x / parts;
-  const int part = blockIdx.x % parts, warp = threadIdx.x / kWarp;
+  constexpr int kWarps = kPartThreads<T> / kWarp;
+  const int64_t r = blockIdx.x / kMaxParts;
+  const int part = blockIdx.x % kMaxParts;
   if (!counts(in.mask, r)) return;
-  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  const RowColumns c = columns_of(in, r);
   const Partial<S> mine =
-      merge_warp(sum_part<T>(in, c, row_of<T>(in, r), share_of(c.n, part, parts),
-                             static_cast<int>(threadIdx.x), kThreads, nullptr),
-                 rate);
-  GENREC_SHARED(Partial<S>, warps, kThreads / kWarp);
-  if (threadIdx.x % kWarp == 0) warps[warp] = mine;
+      warp_sum_of_part<T>(in, columns_of(in, r), row_of<T>(in, r), part, nullptr);
+  GENREC_SHARED(Partial<S>, warps, kWarps);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  if (threadIdx.x == 0) parts_of(workspace, r)[part] = merge_parts(warps, kThreads / kWarp, rate);
+  if (threadIdx.x == 0)
+    parts_of(workspace, r)[part] =
+        merge_parts(warps, kWarps, static_cast<S>(in.inv_temperature * kLog2e));
 }
 
 template <class T>
-__global__ void finish_rows(Scores in, acc_t<T>* workspace, int parts, RowArrays<acc_t<T>> out) {
+__global__ void finish_rows(Scores in, acc_t<T>* workspace, RowArrays<acc_t<T>> out) {
   using S = acc_t<T>;
   const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (r >= in.N * in.T) return;
-  if (!counts(in.mask, r)) return out.set(r, RowState<S>{});
+  const Row<T> row(in, r);
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  out.set(r,
-          state_of<T>(in, columns_of(in, r), r, merge_parts(parts_of(workspace, r), parts, rate)));
+  out.set(r, row.state(in, row.counted ? merge_parts(parts_of(workspace, r), kMaxParts, rate)
+                                       : empty_partial<S>()));
 }
 
 template <class S>
@@ -138,23 +260,11 @@ __device__ __forceinline__ S mean_entropy(const SequenceArgs& q, int64_t n, cons
   return count > 0 ? sum / count : S(0);
 }
 
-// A warp a sequence: its lanes finish the rows, its first lane does the rest.
-template <class T>
-__global__ void score_sequences(Scores in, SequenceArgs q, acc_t<T>* workspace, int parts) {
-  using S = acc_t<T>;
-  const int64_t n = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
+// Sequences whose rows have their states: a thread each.
+template <class S>
+__global__ void score_sequences(SequenceArgs q, S* workspace) {
+  const int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (n >= q.N) return;
-  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  for (int64_t t = threadIdx.x % kWarp; t < q.T; t += kWarp) {
-    const int64_t r = n * q.T + t;
-    S* w = workspace + r * kWorkspace;
-    RowState<S> row{};
-    if (counts(in.mask, r))
-      row = state_of<T>(in, columns_of(in, r), r, merge_parts(parts_of(workspace, r), parts, rate));
-    w[0] = row.z.top, w[1] = row.z.log_sum, w[2] = row.z.entropy, w[3] = row.logp;
-  }
-  __syncwarp();
-  if (threadIdx.x % kWarp != 0) return;
   S* rows = workspace + n * q.T * kWorkspace;
   const S entropy = mean_entropy<S>(q, n, [&](int64_t t) { return rows[t * kWorkspace + 2]; });
   keep_result(q, n,
@@ -163,83 +273,192 @@ __global__ void score_sequences(Scores in, SequenceArgs q, acc_t<T>* workspace, 
                   [&](int64_t t, S slope) { rows[t * kWorkspace + 4] = slope; }));
 }
 
-// How one launch takes sequences: `cluster` blocks a sequence, block b of it the
-// rows b, b + cluster, ..., `warps` warps a row.
+// A sequence in shared memory: its rows' states and its own inputs, which are fetched
+// while rows are read.
+template <class S>
+struct Sequence {
+  RowState<S>* states;  // [T]
+  S *old, *ref;         // [T]
+  S* own;               // advantage, entropy, boost
+  bool* mask;           // [T]
+
+  __host__ __device__ static int64_t bytes(int64_t T) {
+    return round_up(T * static_cast<int64_t>(sizeof(RowState<S>) + 2 * sizeof(S) + 1) +
+                        3 * static_cast<int64_t>(sizeof(S)),
+                    16);
+  }
+  __device__ Sequence(unsigned char* memory, int64_t T) {
+    states = reinterpret_cast<RowState<S>*>(memory);
+    old = reinterpret_cast<S*>(states + T);
+    ref = old + T;
+    own = ref + T;
+    mask = reinterpret_cast<bool*>(own + 3);
+  }
+
+  __device__ void fetch(const SequenceArgs& q, int64_t n) {
+    for (int64_t t = threadIdx.x; t < q.T; t += blockDim.x) {
+      old[t] = static_cast<const S*>(q.old_logps)[n * q.T + t];
+      ref[t] = at_or<S>(q.ref_logps, n * q.T + t, S(0));
+      mask[t] = counts(q.mask, n * q.T + t);
+    }
+    if (threadIdx.x == 0) own[0] = static_cast<const S*>(q.advantages)[n];
+    if (threadIdx.x == 1) own[1] = at_or<S>(q.entropy, n, S(1));
+    if (threadIdx.x == 2) own[2] = at_or<S>(q.boost, n, S(1));
+  }
+
+  // Its loss, and the slopes of its rows in their states; for one thread.
+  __device__ __forceinline__ SequenceResult<S> loss(const SequenceArgs& all) {
+    SequenceArgs q = all;
+    q.N = 1;
+    q.mask = mask;
+    q.old_logps = old;
+    q.ref_logps = all.ref_logps == nullptr ? nullptr : ref;
+    q.advantages = own, q.entropy = own + 1, q.boost = own + 2;
+    const S entropy = mean_entropy<S>(q, 0, [&](int64_t t) { return states[t].z.entropy; });
+    return sequence_loss<S>(
+        q, 0, entropy, [&](int64_t t) { return states[t].logp; },
+        [&](int64_t t, S slope) { states[t].slope = slope; });
+  }
+};
+
+// How one launch takes sequences: `cluster` blocks a sequence, block b of it the rows b,
+// b + cluster, ...
 struct FusedPlan {
   int cluster = 0;  // 0: the sequence does not fit
-  int rows = 0, warps = 0;
-  int64_t row_bytes = 0;
+  int rows = 0;     // a block
   size_t shared = 0;
 };
 
-template <class S>
-__host__ __device__ __forceinline__ int64_t states_bytes(int64_t T) {
-  return round_up(T * static_cast<int64_t>(sizeof(RowState<S>)), 16);
-}
+constexpr int kFusedThreads = 384;
 
-constexpr int kFusedThreads = 512;
-
-// The whole loss in one launch.  Shared memory: the T states of the sequence, the
-// sums of this block's warps, then this block's rows.
+// The whole loss in one launch, for rows of up to kShortRow columns.  Shared memory: the
+// sequence, the sums of this block's warps, then this block's rows.
 template <class T>
-__global__ void __launch_bounds__(kFusedThreads, 1)
+__global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     fused_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t,
                     FusedPlan plan) {
   using S = acc_t<T>;
   GENREC_DYNAMIC_SHARED(unsigned char, memory);
-  RowState<S>* states = reinterpret_cast<RowState<S>*>(memory);
-  Partial<S>* sums = reinterpret_cast<Partial<S>*>(memory + states_bytes<S>(in.T));
+  const int warps = warps_of(in.V);
+  Sequence<S> sequence(memory, in.T);
+  Partial<S>* sums = reinterpret_cast<Partial<S>*>(memory + Sequence<S>::bytes(in.T));
   unsigned char* kept = reinterpret_cast<unsigned char*>(sums) +
-                        round_up(plan.rows * plan.warps * static_cast<int>(sizeof(Partial<S>)), 16);
+                        round_up(plan.rows * warps * static_cast<int>(sizeof(Partial<S>)), 16);
   const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int64_t n = blockIdx.x / plan.cluster;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp / plan.warps, part = warp % plan.warps;
+  const int local = warp / warps, part = warp % warps;
   const int64_t t = rank + static_cast<int64_t>(local) * plan.cluster, r = n * in.T + t;
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  const bool mine = t < in.T, counted = mine && counts(in.mask, r);
 
-  // A kept row starts as far from a 16-byte boundary as the logits it is read from.
-  RowColumns c{nullptr, 0, 0};
-  const T* x = nullptr;
-  T* keep = nullptr;
-  Partial<S> sum = empty_partial<S>();
-  if (counted) {
-    c = columns_of(in, r);
-    x = row_of<T>(in, r);
-    keep = reinterpret_cast<T*>(kept + local * plan.row_bytes);
-    if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + c.first) % 16 / sizeof(T);
-    sum = sum_part<T>(in, c, x, share_of(c.n, part, plan.warps), lane, kWarp,
-                      grad == nullptr ? nullptr : keep);
-  }
-  sum = merge_warp(sum, rate);
-  if (lane == 0) sums[warp] = sum;
-  __syncthreads();
-  if (mine && part == 0 && lane == 0)
-    states[t] =
-        counted ? state_of<T>(in, c, r, merge_parts(sums + warp, plan.warps, rate)) : RowState<S>{};
-  if (plan.cluster > 1) {
-    cluster_sync();
-    for (int64_t other = threadIdx.x; other < in.T; other += blockDim.x)
-      if (other % plan.cluster != rank)
-        states[other] = cluster_peer(states, static_cast<unsigned>(other % plan.cluster))[other];
-    cluster_sync();  // nobody leaves while its states are read
-  } else {
+  const bool mine = t < in.T;
+  Row<T> row;
+  if (mine) row = Row<T>(in, r);
+  sequence.fetch(q, n);
+  T* keep = keep_at<T>(kept + local * kept_bytes<T>(in.V), row);
+  Partial<S> sum = sum_kept<T>(in, row, share_of(row.c.n, part, warps), lane, keep);
+  if (plan.cluster > 1) cluster_sync();  // the peers are there to be written to
+  if (warps > 1) {
+    if (lane == 0) sums[warp] = sum;
     __syncthreads();
+    if (part == 0 && lane == 0) sum = merge_parts(sums + warp, kRowWarps, rate);
   }
+  if (mine && part == 0 && lane == 0) {
+    const RowState<S> state = row.state(in, sum);
+    for (int peer = 0; peer < plan.cluster; ++peer)
+      (plan.cluster > 1 ? cluster_peer(sequence.states, static_cast<unsigned>(peer))
+                        : sequence.states)[t] = state;
+  }
+  if (plan.cluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   if (threadIdx.x == 0) {
-    const S entropy = mean_entropy<S>(q, n, [&](int64_t i) { return states[i].z.entropy; });
-    const SequenceResult<S> result = sequence_loss<S>(
-        q, n, entropy, [&](int64_t i) { return states[i].logp; },
-        [&](int64_t i, S slope) { states[i].slope = slope; });
+    const SequenceResult<S> result = sequence.loss(q);
     if (rank == 0) keep_result(q, n, result);
   }
   __syncthreads();
   if (grad == nullptr || !mine) return;
-  const RowSlope<S> slope = slope_of<T>(in, c, r, states[t].z, states[t].slope, S(0));
-  write_grad<T>(c, {keep, true}, slope, slope.a == S(0) ? -1 : in.tokens[r],
-                static_cast<S>(in.inv_temperature), grad + n * grad_n + t * grad_t,
-                share_of(in.V, part, plan.warps), lane, kWarp);
+  const RowState<S> state = sequence.states[t];
+  const S a = row.scored ? state.slope * static_cast<S>(in.inv_temperature) : S(0);
+  write_grad<T>(row.c, {keep, true}, RowSlope<S>{state.z, rate, a, S(0)},
+                a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
+                grad + n * grad_n + t * grad_t, share_of(in.V, part, warps), lane, kWarp);
+}
+
+// What a block of `split_sequences` has in shared memory before the parts of rows.
+template <class T>
+__host__ __device__ __forceinline__ int64_t split_bytes(int64_t length) {
+  using S = acc_t<T>;
+  return Sequence<S>::bytes(length) + round_up(length * (kPartThreads<T> / kWarp + kMaxParts) *
+                                                   static_cast<int64_t>(sizeof(Partial<S>)),
+                                               16);
+}
+
+// The same for longer rows: each block of a cluster of kMaxParts takes a part of every
+// row and keeps those of the first `kept` rows.  Shared memory: the sequence, the sums of
+// this block's warps [T, warps], those of all blocks [kMaxParts, T], parts.
+template <class T>
+__global__ void __launch_bounds__(kPartThreads<T>, 1)
+    split_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t, int kept) {
+  using S = acc_t<T>;
+  constexpr int kWarps = kPartThreads<T> / kWarp;
+  GENREC_DYNAMIC_SHARED(unsigned char, memory);
+  Sequence<S> sequence(memory, in.T);
+  Partial<S>* warps = reinterpret_cast<Partial<S>*>(memory + Sequence<S>::bytes(in.T));
+  Partial<S>* parts = warps + in.T * kWarps;
+  unsigned char* rows = memory + split_bytes<T>(in.T);
+  const int rank = static_cast<int>(cluster_rank());
+  const int64_t n = blockIdx.x / kMaxParts;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const Share share = share_of(in.V, rank, kMaxParts);
+  const int64_t row_bytes = kept_bytes<T>(share_of(in.V, 0, kMaxParts).end);
+  // Where row t's part is kept, as if the whole row were: only where all columns count.
+  const auto keep_of = [&](int64_t t, const T* x) {
+    return reinterpret_cast<T*>(rows + t * row_bytes) +
+           reinterpret_cast<uintptr_t>(x + share.begin) % 16 / sizeof(T) - share.begin;
+  };
+
+  sequence.fetch(q, n);
+  for (int64_t t = 0; t < in.T; ++t) {
+    const int64_t r = n * in.T + t;
+    Partial<S> sum = empty_partial<S>();
+    if (counts(in.mask, r)) {
+      const T* x = row_of<T>(in, r);
+      sum = warp_sum_of_part<T>(in, columns_of(in, r), x, rank, t < kept ? keep_of(t, x) : nullptr);
+    }
+    if (threadIdx.x % kWarp == 0) warps[t * kWarps + threadIdx.x / kWarp] = sum;
+  }
+  cluster_sync();  // the peers are there to be written to
+  for (int64_t t = threadIdx.x; t < in.T; t += kPartThreads<T>) {
+    const Partial<S> sum = merge_parts(warps + t * kWarps, kWarps, rate);
+    for (int peer = 0; peer < kMaxParts; ++peer)
+      cluster_peer(parts, static_cast<unsigned>(peer))[t * kMaxParts + rank] = sum;
+  }
+  cluster_sync();
+  for (int64_t t = threadIdx.x; t < in.T; t += kPartThreads<T>) {
+    const Row<T> row(in, n * in.T + t);
+    sequence.states[t] = row.state(in, merge_parts(parts + t * kMaxParts, kMaxParts, rate));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const SequenceResult<S> result = sequence.loss(q);
+    if (rank == 0) keep_result(q, n, result);
+  }
+  __syncthreads();
+  if (grad == nullptr) return;
+  // The last rows read are the likeliest to be in cache still.
+  for (int64_t t = in.T - 1; t >= 0; --t) {
+    const int64_t r = n * in.T + t;
+    const RowColumns c = columns_of(in, r);
+    const T* x = row_of<T>(in, r);
+    const RowState<S> state = sequence.states[t];
+    const RowSlope<S> slope = slope_of<T>(in, c, r, state.z, state.slope, S(0));
+    write_grad<T>(c, {t < kept ? keep_of(t, x) : x + c.first, false}, slope,
+                  slope.a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
+                  grad + n * grad_n + t * grad_t, share, static_cast<int>(threadIdx.x),
+                  kPartThreads<T>);
+  }
 }
 
 template <class S>
@@ -252,31 +471,37 @@ __global__ void score_logps(SequenceArgs q, const S* logps, S* grad) {
                   [&](int64_t t, S slope) { grad[n * q.T + t] = slope; }));
 }
 
-// Rows of `inner` elements, each times its factor; a block a part of a row.  In
-// place a factor of 1 costs nothing but the launch.
+// Rows of `inner` elements, each times its factor; a block takes parts of rows in turn.
+// In place a factor of 1 costs nothing but the launch.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 6) scale_rows(ScaleArgs a, int parts) {
   using S = acc_t<T>;
-  const int64_t n = blockIdx.x / parts;
-  const T* x = static_cast<const T*>(a.grad) + n * a.inner;
-  T* y = static_cast<T*>(a.out) + n * a.inner;
-  const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
-  if (x == y && factor == S(1)) return;
-  const bool aligned = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(y)) % 16 == 0;
-  const auto one = [&](int64_t i) { store(y + i, load(x + i) * factor); };
-  each_pack(
-      x, share_of(a.inner, blockIdx.x % parts, parts), static_cast<int>(threadIdx.x), kThreads,
-      [&](int64_t i) {
-        if (!aligned) {
-          for (int j = 0; j < Pack<T>::kSize; ++j) one(i + j);
-          return;
-        }
-        Pack<T> pack = load_pack(x + i);
+  for (int64_t i = blockIdx.x; i < a.N * parts; i += gridDim.x) {
+    const int64_t n = i / parts;
+    const T* x = static_cast<const T*>(a.grad) + n * a.inner;
+    T* y = static_cast<T*>(a.out) + n * a.inner;
+    const S factor = static_cast<const S*>(a.factor)[a.shared ? 0 : n];
+    if (x == y && factor == S(1)) {
+      if (a.shared) return;
+      continue;
+    }
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(y)) % 16 == 0;
+    const auto one = [&](int64_t i) { store(y + i, load(x + i) * factor); };
+    each_pack(
+        x, share_of(a.inner, i % parts, parts), static_cast<int>(threadIdx.x), kThreads,
+        [&](int64_t i) {
+          if (!aligned) {
+            for (int j = 0; j < Pack<T>::kSize; ++j) one(i + j);
+            return;
+          }
+          Pack<T> pack = load_pack(x + i);
 #pragma unroll
-        for (int j = 0; j < Pack<T>::kSize; ++j) store(&pack.v[j], load(&pack.v[j]) * factor);
-        write_pack(y + i, pack);
-      },
-      one);
+          for (int j = 0; j < Pack<T>::kSize; ++j) store(&pack.v[j], load(&pack.v[j]) * factor);
+          write_pack(y + i, pack);
+        },
+        one);
+  }
 }
 
 template <class S>
@@ -317,19 +542,28 @@ __global__ void __launch_bounds__(kThreads, 1) advantages(AdvantagesArgs a) {
 
 // ---- launches ----
 
-// Into how many parts rows are cut so that the device is full, or 1 where they
-// are many or short.
-int parts_of_rows(const Scores& in) {
-  constexpr int64_t kShortest = 8192, kBlocksAProcessor = 8;
-  const int64_t rows = in.N * in.T;
-  const int64_t wanted = blocks_for(kBlocksAProcessor * device_limits().multiprocessors, rows);
-  return static_cast<int>(bounded(wanted, 1, bounded(in.V / kShortest, 1, kMaxParts)));
-}
-
 // Into how many parts a row's gradient is cut: some columns a thread.
 int parts_of_grad(int64_t columns) {
   constexpr int64_t kColumns = kThreads * 16;
   return static_cast<int>(bounded(blocks_for(columns, kColumns), 1, 1 << 16));
+}
+
+// The states of all rows.
+template <class T>
+int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& out, void* stream) {
+  const int64_t rows = in.N * in.T;
+  if (rows == 0) return static_cast<int>(cudaSuccess);
+  if (in.V <= kShortRow) {
+    const int each = kRowWarps / warps_of(in.V);
+    Launch how = on(blocks_for(rows, each), kRowThreads, stream);
+    how.shared = static_cast<size_t>(each * kept_bytes<T>(in.V));
+    return launch(normalize_rows<T>, how, in, out);
+  }
+  const int code =
+      launch(sum_parts<T>, on(rows * kMaxParts, kPartThreads<T>, stream), in, workspace);
+  if (code != cudaSuccess) return code;
+  return launch(finish_rows<T>, on(blocks_for(rows, kThreads), kThreads, stream), in, workspace,
+                out);
 }
 
 int token_logps(const TokenLogpsArgs& a, void* stream) {
@@ -337,23 +571,9 @@ int token_logps(const TokenLogpsArgs& a, void* stream) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     S* norm = static_cast<S*>(a.norm);
-    S* workspace = static_cast<S*>(a.workspace);
-    const int64_t rows = a.in.N * a.in.T;
-    if (rows == 0) return static_cast<int>(cudaSuccess);
     const RowArrays<S> out{norm, norm + 1, static_cast<S*>(a.entropy), static_cast<S*>(a.logps),
                            1,    2};
-    const int parts = parts_of_rows(a.in);
-    if (parts == 1) {
-      const int warps_per_row = a.in.V <= kWarpRow ? 1 : kThreads / kWarp;
-      return launch(normalize_rows<T>,
-                    on(blocks_for(rows, kThreads / kWarp / warps_per_row), kThreads, stream), a.in,
-                    out, warps_per_row);
-    }
-    const int code =
-        launch(sum_parts<T>, on(rows * parts, kThreads, stream), a.in, workspace, parts);
-    if (code != cudaSuccess) return code;
-    return launch(finish_rows<T>, on(blocks_for(rows, kThreads), kThreads, stream), a.in, workspace,
-                  parts, out);
+    return normalize<T>(a.in, static_cast<S*>(a.workspace), out, stream);
   });
 }
 
@@ -376,7 +596,7 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
   });
 }
 
-// The smallest cluster whose blocks leave room for others on their processor; else
+// The smallest cluster whose blocks leave room for three others on their processor; else
 // the largest that fits at all.
 template <class T>
 FusedPlan plan_fused(const Scores& in) {
@@ -386,26 +606,42 @@ FusedPlan plan_fused(const Scores& in) {
   const int most =
       limits.capability < 90 || !knows_clusters(fused_sequences<T>) ? 1 : kLargestCluster;
   FusedPlan best;
+  if (in.V > kShortRow) return best;
   for (int cluster = 1; cluster <= most; cluster *= 2) {
     if (cluster > 1 && cluster / 2 >= in.T) break;  // blocks without a row
     FusedPlan plan;
     plan.cluster = cluster;
     const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
-    if (rows > kFusedThreads / kWarp) continue;
+    const int warps = warps_of(in.V);
+    if (rows * warps > kFusedThreads / kWarp) continue;
     plan.rows = static_cast<int>(rows);
-    plan.warps = static_cast<int>(bounded(kThreads / kWarp / plan.rows, 1, kThreads / kWarp));
-    // 16 more bytes, since a kept row starts where its logits do.
-    plan.row_bytes = round_up(in.V * static_cast<int64_t>(sizeof(T)), 16) + 16;
-    const int64_t shared =
-        states_bytes<S>(in.T) +
-        round_up(plan.rows * plan.warps * static_cast<int64_t>(sizeof(Partial<S>)), 16) +
-        plan.rows * plan.row_bytes;
+    const int64_t shared = Sequence<S>::bytes(in.T) +
+                           round_up(rows * warps * static_cast<int64_t>(sizeof(Partial<S>)), 16) +
+                           rows * kept_bytes<T>(in.V);
     if (shared > limits.shared_per_block) continue;
     plan.shared = static_cast<size_t>(shared);
     best = plan;
-    if (plan.shared <= kPlainShared) break;
+    if (4 * shared <= limits.shared_per_block) break;
   }
   return best;
+}
+
+// Whether `split_sequences` takes them, in `shared` bytes, and how many rows it keeps.
+// Few sequences leave it few blocks, and long ones outlast the cache.
+template <class T>
+bool plan_split(const Scores& in, size_t* shared, int* kept) {
+  constexpr int64_t kFewest = 8, kLongest = 32;
+  const DeviceLimits limits = device_limits();
+  if (in.V <= kShortRow || in.T > kLongest || in.N < kFewest || limits.capability < 90 ||
+      !knows_clusters(split_sequences<T>))
+    return false;
+  const int64_t own = split_bytes<T>(in.T);
+  if (own > limits.shared_per_block) return false;
+  const int64_t row = kept_bytes<T>(round_up(blocks_for(in.V, kMaxParts), kPartStep));
+  const bool all = in.support.begin == nullptr && in.support.ranges == nullptr;
+  *kept = all ? static_cast<int>(bounded((limits.shared_per_block - own) / row, 0, in.T)) : 0;
+  *shared = static_cast<size_t>(own + *kept * row);
+  return true;
 }
 
 int sage_loss(const SageLossArgs& a, void* stream) {
@@ -416,22 +652,25 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     T* grad = static_cast<T*>(a.grad_logits);
     const FusedPlan plan = plan_fused<T>(a.in);
     if (plan.cluster > 0) {
-      Launch how = on(a.in.N * plan.cluster, plan.rows * plan.warps * kWarp, stream);
+      Launch how = on(a.in.N * plan.cluster, plan.rows * warps_of(a.in.V) * kWarp, stream);
       how.shared = plan.shared;
       how.cluster = plan.cluster;
       return launch(fused_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
                     a.grad_stride_t, plan);
     }
-    const int64_t rows = a.in.N * a.in.T;
-    const int parts = rows == 0 ? 1 : parts_of_rows(a.in);
-    int code = launch(sum_parts<T>, on(rows * parts, kThreads, stream), a.in, w, parts);
+    int kept = 0;
+    Launch how = on(a.in.N * kMaxParts, kPartThreads<T>, stream);
+    how.cluster = kMaxParts;
+    if (plan_split<T>(a.in, &how.shared, &kept))
+      return launch(split_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
+                    a.grad_stride_t, kept);
+    int code = normalize<T>(a.in, w, {w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace}, stream);
     if (code != cudaSuccess) return code;
-    code = launch(score_sequences<T>, on(blocks_for(a.in.N * kWarp, kThreads), kThreads, stream),
-                  a.in, a.sequence, w, parts);
+    code = launch(score_sequences<S>, on(blocks_for(a.in.N, kWarp), kWarp, stream), a.sequence, w);
     if (code != cudaSuccess || grad == nullptr) return code;
     const RowSlopes<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
     const int grad_parts = parts_of_grad(a.in.V);
-    return launch(grad_rows<T>, on(rows * grad_parts, kThreads, stream), a.in, row, grad,
+    return launch(grad_rows<T>, on(a.in.N * a.in.T * grad_parts, kThreads, stream), a.in, row, grad,
                   a.grad_stride_n, a.grad_stride_t, grad_parts);
   });
 }
@@ -448,7 +687,8 @@ int scale(const ScaleArgs& a, void* stream) {
   return by_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int parts = parts_of_grad(a.inner);
-    return launch(scale_rows<T>, on(a.N * parts, kThreads, stream), a, parts);
+    const int64_t most = int64_t{6} * device_limits().multiprocessors;  // resident at once
+    return launch(scale_rows<T>, on(bounded(a.N * parts, 0, most), kThreads, stream), a, parts);
   });
 }
 

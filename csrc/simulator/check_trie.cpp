@@ -36,11 +36,12 @@ class Array {
 struct Shape {
   int64_t U, W, V, width, most;  // most: the largest fan-out
 };
-// Clusters of several sizes, one beam, wide fan-outs, more winners than fit shared memory,
-// beams whose number takes two digits.
+// Clusters of several sizes and none, one beam, wide fan-outs, more candidates than a block
+// holds, more winners than fit shared memory, beams whose number takes two digits.
 constexpr Shape kLarge[] = {
     {1, 40, 300, 50, 40}, {3, 7, 70, 9, 70},       {2, 1, 3000, 20, 3000}, {1, 70, 64, 1500, 60},
-    {5, 3, 1000, 5, 9},   {1, 16, 2100, 300, 900}, {1, 1100, 2, 1050, 2},
+    {5, 3, 1000, 5, 9},   {1, 16, 2100, 300, 900}, {1, 1100, 2, 1050, 2},  {1, 16, 2100, 100, 2000},
+    {1, 256, 9, 256, 9},  {70, 2, 40, 3, 40},      {3, 5, 70, 300, 70},    {1, 200, 200, 7, 180},
 };
 constexpr int64_t kLargeShapes = sizeof kLarge / sizeof kLarge[0];
 

@@ -570,7 +570,7 @@ def pairwise_logps(
     _check_model(model)
     tokens = candidates.codes
     if offsets is not None:
-        tokens = tokens + torch.tensor(list(offsets), device=tokens.device)
+        tokens = tokens + row_on(offsets, tokens.device)
     if end_token is not None:
         tokens = F.pad(tokens, (0, 1), value=end_token)
     tree = _Prefixes(candidates, tokens, P, uniform)
@@ -578,6 +578,14 @@ def pairwise_logps(
         model, tree, **given
     )
     return tree.logps(logits, temperature)
+
+
+def row_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host as a row on ``device``, which the host does not wait for."""
+    row = torch.tensor(list(values))
+    if device.type == "cuda":
+        return row.pin_memory().to(device, non_blocking=True)
+    return row.to(device)
 
 
 def _check_users(name: str, given: int, B: int) -> None:
@@ -676,7 +684,7 @@ def _causal_logits(
     mask = torch.zeros(allowed.shape, dtype=model.dtype, device=prompt.device)
     mask = mask.masked_fill_(~allowed, torch.finfo(model.dtype).min).unsqueeze(1)
     depth = torch.arange(1, tree.levels, device=prompt.device).repeat_interleave(
-        torch.tensor(widths, device=prompt.device), output_size=W
+        row_on(widths, prompt.device), output_size=W
     )
     rest = model(
         input_ids=nodes,

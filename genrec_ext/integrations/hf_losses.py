@@ -24,7 +24,7 @@ from ..ops import (
 )
 from ..ops.prefix import prefix_losses
 from ..trie import Trie
-from .hf_candidates import pairwise_logps
+from .hf_candidates import pairwise_logps, row_on
 
 try:
     from transformers.trainer_callback import TrainerCallback
@@ -74,7 +74,7 @@ def _codes(tokens: Tensor, trie: Trie) -> Tensor:
     """Codes within their levels of ``tokens [U, L]``, which are the trie's columns."""
     if trie.level_offsets is None:
         return tokens
-    return tokens - torch.tensor(trie.level_offsets, device=tokens.device)
+    return tokens - row_on(trie.level_offsets, tokens.device)
 
 
 def _nodes(tokens: Tensor, trie: Trie) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,12 @@ def _label_logits(logits: Tensor, rows: Tensor | None, columns: Tensor) -> Tenso
 
 class _PrefixObjective(nn.Module, TrainerCallback):
     """What the losses share: weights of prefix lengths, held while a step's gradients accumulate,
-    and saved with Trainer's checkpoints."""
+    and saved with Trainer's checkpoints.
+
+    Trainer moves the model and the batches, but no loss: so a loss follows what it is called with.
+    """
+
+    trie: Any  # a Trie; None where a loss can do without
 
     def __init__(
         self,
@@ -137,14 +142,24 @@ class _PrefixObjective(nn.Module, TrainerCallback):
         self._holding = False
         self._held: Tensor | None = None  # the losses' sum over users, then how many
 
+    def _follow(self, device: torch.device) -> None:
+        """Weights, catalogue and sampler to a device, once; nothing happens where they are there.
+
+        What is replaced here is kept, so that no later step copies or waits.
+        """
+        with torch.inference_mode(False):  # else training could not go on with what is made
+            self.to(device)
+            if self.trie is not None:
+                self.trie = self.trie.to(device)
+
     def _weights(self, per_level: Tensor, users: int, learning: bool) -> Tensor:
-        """The weights for a batch of these losses ``[P]``."""
+        """The weights for a batch of these losses ``[P]``, on its device."""
         if self.adaptive is None:
             return cast(Tensor, self.fixed)
         if not learning:
             return self.adaptive.weights
         if self._holding:
-            more = torch.cat([per_level * users, per_level.new_tensor([float(users)])])
+            more = torch.cat([per_level * users, per_level.new_full((1,), float(users))])
             self._held = more if self._held is None else self._held + more
             return self.adaptive.weights
         return self.adaptive.train()(per_level, users)
@@ -168,7 +183,9 @@ class _PrefixObjective(nn.Module, TrainerCallback):
         if self._holding and self.adaptive is not None:
             # Also a rank without labels: the others wait for it.
             levels = self.adaptive.levels
-            held = torch.zeros(levels + 1) if self._held is None else self._held
+            held = self._held
+            if held is None:
+                held = torch.zeros(levels + 1, device=self.adaptive.log_weights.device)
             users = held[-1]
             self.adaptive.train()(held[:-1] / users.clamp(min=1), users)
         self._holding, self._held = False, None
@@ -243,7 +260,9 @@ class SidLoss(_PrefixObjective):
 
     Args:
         objective: one of the above.
-        trie: the catalogue; its columns are the model's token ids.  It goes to the logits' device.
+        trie: the catalogue; its columns are the model's token ids.  Give it on any device: the loss
+            copies it to the logits' device in its first step and keeps the copy, as it does with
+            its weights.
         levels: L, where there is no trie.
         end_token: the token id that ends each row's labels; None where there is none.
         softmax: what tokens are normalised over: ``"vocab"``, ``"level"`` or ``"children"``.
@@ -267,6 +286,8 @@ class SidLoss(_PrefixObjective):
     >>> round(loss(outputs, torch.tensor([[-100, -100, 5, 6]])).item(), 4)
     2.0794
     """
+
+    trie: Trie | None
 
     def __init__(
         self,
@@ -355,12 +376,12 @@ class SidLoss(_PrefixObjective):
             if self.adaptive is not None:  # the other ranks wait for this one's losses
                 self._weights(logits.new_zeros(self.adaptive.levels), 0, logits.requires_grad)
             return logits[:0].sum()
+        self._follow(logits.device)
         tokens = (labels if rows is None else labels[rows]).gather(1, columns)
         items = tokens[:, : self.levels]
         _check_end(tokens, self.end_token)
         nodes = None
         if self.trie is not None:
-            self.trie = self.trie.to(logits.device)
             nodes, _ = _nodes(items, self.trie)
         picked = _label_logits(logits, rows, self._predicting(outputs, logits, labels, columns))
         loss = self._loss(picked, tokens, nodes)
@@ -485,8 +506,10 @@ class SidPairwiseLoss(_PrefixObjective):
     vocabulary.  A causal model's item follows its prompt without a gap.
 
     Args:
-        sampler: draws the negatives; its ``prefixes`` is P.  It goes to the model's device.
-        trie: the same catalogue, item for item; its columns are the model's token ids.
+        sampler: draws the negatives; its ``prefixes`` is P.  Give it on any device: the first step
+            moves it, as ``sampler.to`` does, to that of the batch.
+        trie: the same catalogue, item for item; its columns are the model's token ids.  Give it on
+            any device: the first step copies it to that of the batch and keeps the copy.
         beta: weight of the prefixes.
         end_token: the token id that ends each row's labels; None where there is none.
         weights: ``[P]``; default: adaptive.
@@ -499,6 +522,8 @@ class SidPairwiseLoss(_PrefixObjective):
     Raises:
         ValueError: a setting is wrong, or the sampler's catalogue is not the trie's.
     """
+
+    trie: Trie
 
     def __init__(
         self,
@@ -553,15 +578,16 @@ class SidPairwiseLoss(_PrefixObjective):
                 "SidPairwiseLoss needs the model, not its outputs: train with a class "
                 "SidTrainer(SidTrainerMixin, Trainer)"
             )
-        labels = inputs["labels"]
+        labels, ids = inputs["labels"], inputs.get("input_ids")
+        labels = labels if ids is None else labels.to(ids.device)
         L = self.trie.levels
         T = L + (self.end_token is not None)
         rows, columns = _label_places(labels, T)
         if rows is not None:
             raise ValueError("labels must have an item in each row for the pairwise loss")
+        self._follow(labels.device)
         tokens = labels.gather(1, columns)
         _check_end(tokens, self.end_token)
-        self.trie, self.sampler = self.trie.to(tokens.device), self.sampler.to(tokens.device)
         _, leaf = _nodes(tokens[:, :L], self.trie)
         learning = torch.is_grad_enabled()
         uniform = tokens.device.type != "cpu"
