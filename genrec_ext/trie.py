@@ -204,6 +204,9 @@ class Trie:
         # Closed bits, levels + 1 rows as in csrc/trie/edit.h; None where every item is available.
         self._bits: list[Tensor] | None = None
         self._unavailable = 0
+        # [2, levels]: how many nodes a level has, and where its columns start.
+        sizes = [len(part) - 1 for part in self._first_child]
+        self._level_facts = torch.tensor([sizes, self._column_start], device=columns.device)
         self._derived = _Derived()
         # The same trie on the CPU, where edits are made; itself there.
         self._host: Trie | None = None
@@ -496,28 +499,24 @@ class Trie:
         if nodes is None or nodes.dim() != 2 or nodes.shape[1] > self.levels:
             shape = None if nodes is None else list(nodes.shape)
             raise ValueError(f"nodes must have shape [N, T] with T <= {self.levels}, got {shape}")
-        begin, end = [], []
-        for level in range(nodes.shape[1]):
-            at = integer_tensor("nodes", nodes[:, level])
-            bad = (at < -1) | (at >= self.num_nodes(level))
-            if at.device.type != "cpu" or torch.compiler.is_compiling():
-                at = at.masked_fill(bad, -1)  # looking would wait for the device
-            elif bool(values_of(bad).any()):
-                where = tuple(values_of(bad).nonzero()[0].tolist())
-                place = ", ".join(map(str, (*where, level)))
+        nodes = integer_tensor("nodes", nodes)
+        if nodes.shape[1] == 0:
+            return self._columns, nodes, nodes
+        sizes, starts = self._level_facts[:, : nodes.shape[1]].unbind()
+        dead = (nodes < 0) | (nodes >= sizes)
+        if nodes.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = values_of(dead & (nodes != -1))
+            if bool(bad.any()):
+                where = tuple(bad.nonzero()[0].tolist())
                 raise IndexError(
-                    f"nodes[{place}] must lie in [-1, {self.num_nodes(level)}), got "
-                    f"{int(values_of(at)[where])}"
+                    f"nodes[{', '.join(map(str, where))}] must lie in "
+                    f"[-1, {self.num_nodes(where[-1])}), got {int(values_of(nodes + 0)[where])}"
                 )
-            first = self._first_child[level].long()
-            live, start = at.clamp(min=0), self._column_start[level]
-            dead = at < 0
-            begin.append((first[live] + start).masked_fill(dead, 0))
-            end.append((first[live + 1] + start).masked_fill(dead, 0))
-        if not begin:
-            empty = nodes.long()
-            return self._columns, empty, empty
-        return self._columns, torch.stack(begin, 1), torch.stack(end, 1)
+        live = nodes.masked_fill(dead, 0)
+        both = torch.stack([live, torch.minimum(live + 1, sizes)])
+        first = [self._first_child[level][both[..., level]] for level in range(nodes.shape[1])]
+        begin, end = (torch.stack(first, -1) + starts).masked_fill(dead, 0).unbind()
+        return self._columns, begin, end
 
     def nodes_of(self, codes: Tensor) -> Tensor:
         """The node at which each code is chosen: the ``nodes`` of :func:`token_logps`.
