@@ -5,7 +5,7 @@
 #   bench/gpu.sh [--dry-run] [--seconds N] [build] [test] [sanitize] [bench]   default: all four
 #
 # What comes of it lies in $OUT (default: bench/results/gpu) from each step's end on, in two
-# files: summary.txt, and gpu.tar.gz with the tables and every step's log.  With --seconds it ends
+# files: summary.txt, and gpu.tar.gz with the tables and every step's log ($LOGS).  With --seconds it ends
 # within N seconds: a step but the build is cut off there, later ones are left out and named.
 # Where a command may take ten minutes: `--seconds 570 build test bench`, then `--seconds 570
 # sanitize`.  Needs an environment with a CUDA build of torch, nvcc, cmake, ninja, pybind11, pytest,
@@ -15,7 +15,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
-LOGS=build/gpu-logs
+LOGS=${LOGS:-build/gpu-logs}
 DEVICE=cuda
 LIMIT=
 stages=()

@@ -30,9 +30,10 @@ REGISTERS = {
     "normalize_rows": 80,
     "sum_parts": 64,
     "finish_rows": 64,
-    "weighted_rows": 84,
+    "short_rows": 80,
+    "weighted_rows": 80,
     "choices": 40,
-    "pairwise": 64,
+    "pairwise": 80,
     "finish_pairs": 48,
     "grad_rows": 44,
     "score_sequences": 80,
@@ -55,11 +56,13 @@ REGISTERS = {
 STATIC_SHARED = {
     "best_children": 27 << 10,
     "step_users": 25 << 10,
+    "short_rows": 9 << 10,
+    "finish_rows": 24 << 10,
     "quantize_rows": 35 << 10,
     "set_potentials": 12 << 10,
 }
 # Fewest kernels that ptxas tells of, by source.
-KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 12, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
+KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 20, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
 # Kernels that move whole rows: 16 bytes an instruction, in and out.
 WIDE_LOADS = (
     "fused_sequences",
@@ -68,12 +71,20 @@ WIDE_LOADS = (
     "sum_parts",
     "grad_rows",
     "scale_rows",
+    "short_rows",
     "weighted_rows",
     "best_children",
     "step_users",
     "quantize_rows",
 )
-WIDE_STORES = ("fused_sequences", "split_sequences", "grad_rows", "scale_rows", "weighted_rows")
+WIDE_STORES = (
+    "fused_sequences",
+    "split_sequences",
+    "grad_rows",
+    "scale_rows",
+    "short_rows",
+    "weighted_rows",
+)
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -82,7 +93,7 @@ def kernel_of(symbol):
     """(kernel's name, the type it is made for) of a mangled symbol."""
     name = next((k for k in REGISTERS if re.search(rf"\d{k}[IE]", symbol)), None)
     types = {"f": "float", "d": "double", "NS_6bf16_tE": "bf16", "NS_5f16_tE": "f16"}
-    kind = re.search(rf"\d{name}I(f|d|NS_6bf16_tE|NS_5f16_tE|[A-Z0-9_]+?)E", symbol)
+    kind = re.search(rf"\d{name}I(f|d|NS_6bf16_tE|NS_5f16_tE|[A-Z0-9_]+?)[EL]", symbol)
     return name, types.get(kind[1], kind[1]) if kind else ""
 
 

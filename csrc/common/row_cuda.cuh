@@ -31,10 +31,14 @@ __device__ __forceinline__ float load(const bf16_t* p) {
 __device__ __forceinline__ float load(const f16_t* p) { return half_bits_to_float(p->bits); }
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(double* p, double x) { *p = x; }
-__device__ __forceinline__ void store(bf16_t* p, float x) {
+__device__ __forceinline__ void store(bf16_t* p, float x) {  // to nearest even
+#if defined(GENREC_SIMULATOR)
   const uint32_t bits = __float_as_uint(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  p->bits = static_cast<uint16_t>(x != x ? 0x7fffu : rounded);
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+#endif
 }
 __device__ __forceinline__ void store(f16_t* p, float x) { p->bits = float_to_half_bits(x); }
 

@@ -1,8 +1,10 @@
 // CUDA kernels of the prefix family.  Torch-free: raw pointers and a stream in, an
 // error code out.
 //
-// A pointwise row stands on its own: one launch reads it, keeps it in shared memory
-// where it fits, finds the k-th largest there if asked, and leaves its gradient.
+// A pointwise row stands on its own: one launch reads it, finds its k-th largest if asked,
+// and leaves its gradient.  Of up to kShortRow halves or floats, threads keep it in their
+// registers; a longer one is kept in the shared memory of a block, or of a cluster of up
+// to eight, and read again where it does not fit.
 // The pairwise loss takes its log-probabilities from policy's kernels; here is what
 // lies between them and their slopes.  No index is trusted, nothing waits for the
 // device, and every sum is folded in a fixed order.
@@ -15,12 +17,25 @@ namespace {
 
 using namespace genrec::cuda;
 
+// The threads of a row: a warp, a block, or the blocks of a cluster.
+struct Team {
+  int thread, threads, cluster;
+
+  __device__ __forceinline__ void sync() const {
+    if (cluster > 1)
+      cluster_sync();
+    else if (threads == kWarp)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+};
+
 // ---- the k-th largest of a row ----
 
 // Keys in the order of the numbers.
 __device__ __forceinline__ uint32_t rising_key(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = __float_as_uint(x);
   return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
 }
 __device__ __forceinline__ uint64_t rising_key(double x) {
@@ -37,148 +52,511 @@ __device__ __forceinline__ S of_rising_key(Key key) {
   return x;
 }
 
+template <class S>
+using KeyOf = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
 constexpr int kDigits = 256;
 
-// What the threads of a row know of the k-th largest.
-struct Search {
-  uint64_t prefix;  // its digits so far
+// What the threads of a row share to find its k-th largest.
+template <class S>
+struct alignas(16) Selection {
+  static constexpr int kRoom = 2048 / sizeof(S);
+  union {
+    KeyOf<S> keys[kRoom];
+    uint32_t histogram[kDigits];
+  };
+  uint64_t prefix;  // the digits so far
   uint32_t left;    // of those with this prefix, the left-th largest
-  bool none;        // there are fewer than k
+  uint32_t count;   // of the entries that are candidates
+  S found;          // a bound, then the k-th largest
+
+  __device__ __forceinline__ void put(uint32_t at, S x) {
+    if (at < kRoom) keys[at] = rising_key(x);
+  }
 };
 
+template <class Key>
+__device__ __forceinline__ Key warp_largest(Key key) {
+  if constexpr (sizeof(Key) == 4) {
+    return __reduce_max_sync(0xffffffffu, key);
+  } else {
+#pragma unroll
+    for (int width = kWarp / 2; width > 0; width /= 2) {
+      const Key other = __shfl_xor_sync(0xffffffffu, key, width);
+      key = other > key ? other : key;
+    }
+    return key;
+  }
+}
+
+// By one warp, of n >= k keys: the least of the best, which are the k largest or, so
+// that it is found sooner, up to `more` others with them.  Equal keys may be more.
+template <class Key>
+__device__ __forceinline__ Key least_of_best(const Key* keys, int n, int k, int more, int lane) {
+  Key high = 0, low = ~Key{0};
+  for (int i = lane; i < n; i += kWarp) {
+    high = keys[i] > high ? keys[i] : high;
+    low = keys[i] < low ? keys[i] : low;
+  }
+  high = warp_largest(high);
+  low = static_cast<Key>(~warp_largest(static_cast<Key>(~low)));
+  if (high == low) return high;
+  // Bit by bit from the first that differs, with at least k keys not below `least`.
+  int count = n;
+  Key bit = Key{1} << (63 - __clzll(static_cast<long long>(high ^ low)));
+  Key least = high & ~(bit | (bit - 1));
+  for (; bit != 0 && count > k + more; bit >>= 1) {
+    const Key next = least | bit;
+    int above = 0;
+    for (int i = lane; i < n; i += kWarp) above += keys[i] >= next ? 1 : 0;
+    above = __reduce_add_sync(0xffffffffu, above);
+    if (above < k) continue;
+    least = next;
+    count = above;
+  }
+  low = ~Key{0};
+  for (int i = lane; i < n; i += kWarp) low = keys[i] >= least && keys[i] < low ? keys[i] : low;
+  return static_cast<Key>(~warp_largest(static_cast<Key>(~low)));
+}
+
 // Digit by digit from the highest, by a histogram of those that share the digits so
-// far.  Every thread of the block is here; the row's have `thread` of `threads`, whole
-// warps, and a histogram and a search of their own.  each(f) calls f for every entry
-// of this thread.
+// far: for any number of entries, of which at least k are numbers.
 template <class S, class Each>
-__device__ __forceinline__ S kth_largest(int64_t k, int thread, int threads, uint32_t* histogram,
-                                         Search* search, const Each& each) {
-  using Key = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+__device__ __forceinline__ S kth_by_digits(int64_t k, const Team& team, Selection<S>& s,
+                                           const Each& each) {
+  using Key = KeyOf<S>;
   constexpr int kBits = 8 * sizeof(Key);
-  if (thread == 0) *search = {0, static_cast<uint32_t>(k), false};
+  if (team.thread == 0) s.prefix = 0, s.left = static_cast<uint32_t>(k);
   for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-    for (int i = thread; i < kDigits; i += threads) histogram[i] = 0;
-    __syncthreads();
-    const Key prefix = static_cast<Key>(search->prefix);
+    for (int i = team.thread; i < kDigits; i += team.threads) s.histogram[i] = 0;
+    team.sync();
+    const Key prefix = static_cast<Key>(s.prefix);
     each([&](S x) {
       const Key key = rising_key(x);
-      if (shift == kBits - 8 || (key ^ prefix) >> (shift + 8) == 0)
-        atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1u);
+      if (x == x && (shift == kBits - 8 || (key ^ prefix) >> (shift + 8) == 0))
+        atomicAdd(&s.histogram[(key >> shift) & (kDigits - 1)], 1u);
     });
-    __syncthreads();
-    if (thread < kWarp) {  // a lane counts eight digits, the first lane the largest
+    team.sync();
+    if (team.thread < kWarp) {  // a lane counts eight digits, the first lane the largest
       constexpr int kEach = kDigits / kWarp;
-      const int top = kDigits - 1 - thread * kEach;
+      const int top = kDigits - 1 - team.thread * kEach;
       uint32_t mine = 0;
-      for (int i = 0; i < kEach; ++i) mine += histogram[top - i];
+      for (int i = 0; i < kEach; ++i) mine += s.histogram[top - i];
       uint32_t upto = mine;
 #pragma unroll
       for (int width = 1; width < kWarp; width *= 2) {
         const uint32_t before = __shfl_up_sync(0xffffffffu, upto, width);
-        if (thread >= width) upto += before;
+        if (team.thread >= width) upto += before;
       }
-      const uint32_t left = search->left;
-      const uint32_t all = __shfl_sync(0xffffffffu, upto, kWarp - 1);
+      const uint32_t left = s.left;
       __syncwarp();
-      if (all < left) {
-        if (thread == 0) search->none = true;
-      } else if (upto >= left && upto - mine < left) {
+      if (upto >= left && upto - mine < left) {
         uint32_t above = upto - mine;
         int digit = top;
-        for (; above + histogram[digit] < left; --digit) above += histogram[digit];
-        search->prefix = prefix | static_cast<Key>(digit) << shift;
-        search->left = left - above;
+        for (; above + s.histogram[digit] < left; --digit) above += s.histogram[digit];
+        s.prefix = prefix | static_cast<Key>(digit) << shift;
+        s.left = left - above;
       }
     }
-    __syncthreads();
+    team.sync();
   }
-  return search->none ? static_cast<S>(-INFINITY)
-                      : of_rising_key<S>(static_cast<Key>(search->prefix));
+  return of_rising_key<S>(static_cast<Key>(s.prefix));
+}
+
+// The k-th largest of a row of n entries, without those that are NaN; -inf where there
+// are fewer.  `tops` are the largest of each of kTops parts of this thread's entries, -inf
+// where a part has none.  collect(bound) counts and puts this thread's entries that are
+// not below `bound`, and each(f) calls f for all of them.
+//
+// At least k entries are no less than the k-th largest of many parts' largest.  Those
+// that are not below it are usually few more than k, and go to a list in any order; so
+// the row is looked at once, and one warp does the rest.
+template <class S, int kTops, class Collect, class Each>
+__device__ __forceinline__ S kth_largest(int64_t k, int64_t n, const Team& team, Selection<S>& s,
+                                         const S (&tops)[kTops], const Collect& collect,
+                                         const Each& each) {
+  constexpr int kRoom = Selection<S>::kRoom;
+  if (k > n) return static_cast<S>(-INFINITY);
+  int groups = kTops * team.threads;
+  if (groups <= kRoom) {
+#pragma unroll
+    for (int i = 0; i < kTops; ++i) s.keys[i * team.threads + team.thread] = rising_key(tops[i]);
+  } else {  // of neighbours together
+    S top = tops[0];
+#pragma unroll
+    for (int i = 1; i < kTops; ++i) top = tops[i] > top ? tops[i] : top;
+    int width = 1;
+    for (; team.threads / width > kRoom; width *= 2) {
+      const S other = __shfl_xor_sync(0xffffffffu, top, width);
+      top = other > top ? other : top;
+    }
+    if (team.thread % width == 0) s.keys[team.thread / width] = rising_key(top);
+    groups = team.threads / width;
+  }
+  if (team.thread == 0) s.count = 0;
+  team.sync();
+  if (team.thread < kWarp) {
+    const int few = static_cast<int>(k);
+    const S bound = k <= groups
+                        ? of_rising_key<S>(least_of_best(s.keys, groups, few, few / 8, team.thread))
+                        : static_cast<S>(-INFINITY);
+    if (team.thread == 0) s.found = bound;
+  }
+  team.sync();
+  collect(s.found);
+  team.sync();
+  const uint32_t count = s.count;
+  if (count < k) return static_cast<S>(-INFINITY);
+  if (count > kRoom) return kth_by_digits(k, team, s, each);
+  if (team.thread < kWarp) {
+    const auto key =
+        least_of_best(s.keys, static_cast<int>(count), static_cast<int>(k), 0, team.thread);
+    if (team.thread == 0) s.found = of_rising_key<S>(key);
+  }
+  team.sync();
+  return s.found;
 }
 
 // ---- pointwise ----
 
 constexpr int kWarps = kThreads / kWarp;
 
-// How a block takes rows: kWarps / warps of them, `warps` warps a row.
+// What the loss of user n's token t is multiplied with, but for its weight by `beam`; the
+// whole warp is here, and a lane divides for a prefix.
+template <class S>
+__device__ __forceinline__ S factor_of(const RowsArgs& a, int64_t n, int64_t t, int lane) {
+  double factor = lane == 0 ? a.factors.per_token : 0;
+#pragma unroll 1
+  for (int64_t u = t + lane; u < a.factors.P; u += kWarp) factor += a.factors.share<S>(u);
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    factor += __shfl_xor_sync(0xffffffffu, factor, width);
+  factor *= a.outer.of_user<S>(n);
+  if (a.beam.choices != nullptr) factor /= *static_cast<const S*>(a.beam.choices);
+  return static_cast<S>(factor);
+}
+
+// A row's token; `held`: it is one of its columns.
+template <class S>
+struct Token {
+  int64_t column;
+  bool held;
+  S logit;
+};
+
+template <class T>
+__device__ __forceinline__ Token<acc_t<T>> token_of(const Scores& in, const RowColumns& c,
+                                                    const T* x, int64_t column) {
+  const bool held = column >= 0 && column < in.V && holds(c, column);
+  return {column, held, held ? load(x + column) : acc_t<T>(0)};
+}
+
+// Keeps the row's log-probability and gives the slope of its gradient: 0 where it has none.
+template <class S>
+__device__ __forceinline__ RowSlope<S> finish_row(const RowsArgs& a, int64_t r, int64_t n,
+                                                  const Partial<S>& sum, const Token<S>& token,
+                                                  S bound, S factor, bool keeps) {
+  const S inverse = static_cast<S>(a.in.inv_temperature);
+  const Normalizer<S> z = n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
+  S logp = token.held ? (token.logit - z.top) * inverse - z.log_sum : static_cast<S>(kOutsideLogp);
+  logp = logp > S(0) ? S(0) : logp;  // by rounding; NaN stays
+  S weight = S(1);
+  if (a.beam.width > 0)
+    weight = n > 1 ? a.beam.of_token<S>(logp, (bound - z.top) * inverse - z.log_sum) : S(0);
+  if (keeps) static_cast<S*>(a.logps)[r] = weight == S(0) ? S(0) : weight * logp;
+  return {z, static_cast<S>(a.in.inv_temperature * kLog2e),
+          token.held ? -factor * weight * inverse : S(0), S(0)};
+}
+
+// ---- rows that fit the registers ----
+
+constexpr int kHeld = 32;      // columns of a thread, besides one at an edge
+constexpr int kShortRows = 4;  // of a block, where a warp has a row
+constexpr int64_t kShortRow = int64_t{kHeld} * kThreads;
+
+template <class T>
+__device__ __forceinline__ void zero_columns(T* g, Share s, int thread, int threads) {
+  each_pack(
+      g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
+      [&](int64_t v) { store(g + v, 0.f); });
+}
+
+// 16 bytes of numbers, each rounded to nearest even.
+template <class T>
+__device__ __forceinline__ Pack<T> rounded(const float* x) {
+  Pack<T> pack;
+#if !defined(GENREC_SIMULATOR)
+  if constexpr (std::is_same_v<T, bf16_t>) {  // two in one instruction
+    uint32_t pairs[Pack<T>::kSize / 2];
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kSize / 2; ++i)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+    std::memcpy(&pack, pairs, sizeof pack);
+  } else
+#endif
+  {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kSize; ++i) store(&pack.v[i], x[i]);
+  }
+  return pack;
+}
+
+// Rows of all columns or a range, of halves or floats: a thread has its columns from the
+// load to the gradient, so nothing but sums goes through shared memory.  A row has up to
+// eight warps, each a run of packs; of one warp, a block has several rows and no barrier.
+template <class T, bool kBeam>
+__global__ void __launch_bounds__(kThreads, 3) short_rows(RowsArgs a, int warps) {
+  static_assert(sizeof(acc_t<T>) == sizeof(float));
+  constexpr int kSize = Pack<T>::kSize, kPacks = kHeld / kSize;
+  Scores in = a.in;
+  in.support.begin = nullptr;  // so that there is no code for lists
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = warps == 1 ? warp : 0;
+  const Team team{warps == 1 ? lane : static_cast<int>(threadIdx.x), warps * kWarp, 1};
+  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kShortRows} + warp : blockIdx.x;
+  if (r >= in.N * in.T) return;
+  // Above 0, so that the power of -inf is 0 at any temperature.
+  const float rate = fmaxf(static_cast<float>(in.inv_temperature * kLog2e), 1e-37f);
+
+  // ---- load ----
+  const RowColumns c = columns_of(in, r);
+  const T* x = row_of<T>(in, r);
+  const T* from = x + c.first;
+  const int first = static_cast<int>(c.first), n = static_cast<int>(c.n);
+  const int lead = static_cast<int>(bounded(before_boundary(from), 0, n));
+  const int packs = (n - lead) / kSize, tail = n - lead - packs * kSize;
+  const int pack = (warps == 1 ? 0 : warp * kPacks * kWarp) + lane;  // the first of this thread's
+  const T* body = from + lead + pack * kSize;
+  constexpr int kStep = kWarp * kSize;  // to the next
+  // As words, which are taken apart where they are used: nothing waits for a load before.
+  uint4 raw[kPacks], none;
+  Pack<T> least;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) store(&least.v[i], -INFINITY);
+  std::memcpy(&none, &least, sizeof none);
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j)
+    raw[j] = pack + j * kWarp < packs ? *reinterpret_cast<const uint4*>(body + j * kStep) : none;
+  // The columns before the first pack and after the last are fewer than a warp.
+  const int edge_at = team.thread < lead          ? team.thread
+                      : team.thread - lead < tail ? packs * kSize + team.thread
+                                                  : -1;
+  float edge = edge_at < 0 ? -INFINITY : load(from + edge_at);
+  const int64_t column = in.tokens[r];
+  // All loads are on their way before anything waits for one.
+  __syncwarp();
+  const int64_t user = r / in.T;
+  const float factor =
+      a.grad_logits == nullptr ? 0 : factor_of<float>(a, user, r - user * in.T, lane);
+  const Token<float> token = token_of<T>(in, c, x, column);
+  const int own = token.held ? static_cast<int>(token.column) - first : -1;
+
+  // ---- sum ----
+  const auto logit = [&](int i) {
+    Pack<T> words;
+    std::memcpy(&words, &raw[i / kSize], sizeof words);
+    return load(&words.v[i % kSize]);
+  };
+  constexpr int kTops = 4;
+  float tops[kTops];  // without NaN, which fmaxf leaves out
+#pragma unroll
+  for (int i = 0; i < kTops; ++i) tops[i] = i == 0 ? fmaxf(edge, -INFINITY) : -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    tops[i * kTops / kHeld] = fmaxf(tops[i * kTops / kHeld], logit(i));
+  float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  float bound = -INFINITY;
+  if constexpr (kBeam) {
+    GENREC_SHARED(Selection<float>, selections, kShortRows);
+    Selection<float>& selection = selections[local];
+    const auto held = [&](const auto& f) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j)
+        if (pack + j * kWarp < packs)
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) f(logit(j * kSize + i));
+      if (edge_at >= 0) f(edge);
+    };
+    const auto collect = [&](float least) {  // with one wait for an atomic, not one a column
+      uint32_t mine = 0;
+      held([&](float x) { mine += x >= least ? 1 : 0; });
+      uint32_t at = mine == 0 ? 0 : atomicAdd(&selection.count, mine);
+      held([&](float x) {
+        if (x >= least) selection.put(at++, x);
+      });
+    };
+    const auto in_memory = [&](const auto& f) {
+      for (int i = team.thread; i < n; i += team.threads) f(load(from + i));
+    };
+    bound = kth_largest(a.beam.width, n, team, selection, tops, collect, in_memory);
+  }
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, width));
+  // -inf adds nothing, also where there is nothing else; NaN and +inf make the sum NaN.
+  const float under = top == -INFINITY ? 0.f : top;
+  edge = power_of_two((edge - under) * rate);
+  float v[kHeld], sums_of[4] = {edge, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    v[i] = power_of_two((logit(i) - under) * rate);
+    sums_of[i % 4] += v[i];
+  }
+  Partial<float> sum{top, (sums_of[0] + sums_of[1]) + (sums_of[2] + sums_of[3]), 0};
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    sum.e += __shfl_xor_sync(0xffffffffu, sum.e, width);
+  if (warps > 1) {
+    GENREC_SHARED(Partial<float>, sums, kWarps);
+    if (lane == 0) sums[warp] = sum;
+    __syncthreads();
+    sum = lane % kWarps < warps ? sums[lane % kWarps] : empty_partial<float>();
+#pragma unroll
+    for (int width = kWarps / 2; width > 0; width /= 2) {
+      const Partial<float> other{__shfl_xor_sync(0xffffffffu, sum.top, width),
+                                 __shfl_xor_sync(0xffffffffu, sum.e, width), 0};
+      sum = merge(sum, other, rate);
+    }
+  }
+
+  // ---- gradient ----
+  const RowSlope<float> slope = finish_row(a, r, n, sum, token, bound, factor, team.thread == 0);
+  if (a.grad_logits == nullptr) return;
+  T* g = static_cast<T*>(a.grad_logits) + r * in.V;
+  if (slope.a == 0) return zero_columns(g, {0, in.V}, team.thread, team.threads);
+  // From powers under the warp's own top.
+  const float by = -slope.a * (power_of_two((top - sum.top) * rate) / sum.e);
+  T* out = g + first;
+  T* to = out + lead + pack * kSize;
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;  // as the packs
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j, to += kStep) {
+    if (pack + j * kWarp >= packs) continue;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[j * kSize + i] *= by;
+    const Pack<T> done = rounded<T>(v + j * kSize);
+    if (aligned) {
+      write_pack(to, done);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) to[i] = done.v[i];
+    }
+  }
+  if (edge_at >= 0) store(out + edge_at, edge * by);
+  // The token's column, by the thread that wrote it.
+  const int at = (own - lead) / kSize, last = lead + packs * kSize;
+  const int writer = own < lead    ? own
+                     : own >= last ? own - packs * kSize
+                                   : at / (kPacks * kWarp) * kWarp + at % kWarp;
+  if (team.thread == writer)
+    store(out + own, slope.own(token.logit, static_cast<float>(in.inv_temperature)));
+  if (n < in.V) {
+    zero_columns(g, {0, first}, team.thread, team.threads);
+    zero_columns(g, {first + n, in.V}, team.thread, team.threads);
+  }
+}
+
+// ---- rows of any kind ----
+
+// How rows are taken: by a warp each, by a block, or by the blocks of a cluster.
 struct RowsPlan {
-  int warps = 0;
-  int64_t row_bytes = 0;  // of a kept row; 0: rows are read again
+  int warps = 0;  // of a block's, those of a row
+  int cluster = 1;
+  int64_t row_bytes = 0;  // of what a block keeps of a row; 0: it is read again
   size_t shared = 0;
 };
 
-// Shared memory: the rows' states, the warps' sums, for the k-th largest histograms
-// and searches, then the rows.
-template <class T>
+// Shared memory: the warps' sums, for the k-th largest a selection a row, then the rows.
+// A block of a cluster has its part of the V columns; of a list, there is no cluster.
+template <class T, bool kBeam>
 __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 3)
     weighted_rows(RowsArgs a, RowsPlan plan) {
   using S = acc_t<T>;
   const Scores& in = a.in;
-  GENREC_SHARED(RowState<S>, states, kWarps);
   GENREC_SHARED(Partial<S>, sums, kWarps);
-  GENREC_SHARED(Search, searches, kWarps);
   GENREC_DYNAMIC_SHARED(unsigned char, memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp / plan.warps, part = warp % plan.warps, count = kWarps / plan.warps;
-  uint32_t* histogram = reinterpret_cast<uint32_t*>(memory) + local * kDigits;
-  unsigned char* kept = memory + (a.beam.width > 0 ? count * kDigits * sizeof(uint32_t) : 0);
-  const int64_t r = blockIdx.x * static_cast<int64_t>(count) + local;
-  const bool mine = r < in.N * in.T;
+  const bool by_warps = plan.warps == 1;
+  const int local = by_warps ? warp : 0;
+  const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  // Of this block's part.
+  const int thread = by_warps ? lane : static_cast<int>(threadIdx.x), threads = plan.warps * kWarp;
+  const Team team{rank * threads + thread, plan.cluster * threads, plan.cluster};
+  const int64_t r =
+      by_warps ? blockIdx.x * int64_t{kWarps} + warp : int64_t{blockIdx.x} / plan.cluster;
+  if (r >= in.N * in.T) return;
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
 
-  // A kept row starts as far from a 16-byte boundary as the logits it is read from.
-  RowColumns c{nullptr, 0, 0};
-  const T* x = nullptr;
-  T* keep = nullptr;
-  Partial<S> sum = empty_partial<S>();
-  if (mine) {
-    c = columns_of(in, r);
-    x = row_of<T>(in, r);
-    if (plan.row_bytes > 0) {
-      keep = reinterpret_cast<T*>(kept + local * plan.row_bytes);
-      if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + c.first) % 16 / sizeof(T);
-    }
-    sum = sum_part<T>(in, c, x, share_of(c.n, part, plan.warps), lane, kWarp, keep);
+  const RowColumns c = columns_of(in, r);
+  const Share columns = share_of(in.V, rank, plan.cluster);
+  RowColumns own = c;
+  if (c.list == nullptr) {
+    own.first = bounded(c.first, columns.begin, columns.end);
+    own.n = bounded(c.first + c.n, own.first, columns.end) - own.first;
   }
+  const T* x = row_of<T>(in, r);
+  const int64_t column = in.tokens[r];
+  Selection<S>* selection = reinterpret_cast<Selection<S>*>(memory) + local;
+  // A kept row starts as far from a 16-byte boundary as the logits it is read from.
+  T* keep = nullptr;
+  if (plan.row_bytes > 0) {
+    const int64_t before = kBeam ? kWarps / plan.warps * sizeof(Selection<S>) : 0;
+    keep = reinterpret_cast<T*>(memory + before + local * plan.row_bytes);
+    if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + own.first) % 16 / sizeof(T);
+  }
+
+  Partial<S> sum = sum_part<T>(in, own, x, {0, own.n}, thread, threads, keep);
+  const S tops[] = {sum.top};
+  sum.w = S(0);  // only the entropy needs it
   sum = merge_warp(sum, rate);
   if (lane == 0) sums[warp] = sum;
-  __syncthreads();
-  if (mine && part == 0 && lane == 0)
-    states[local] = state_of<T>(in, c, r, merge_parts(sums + warp, plan.warps, rate));
+  team.sync();
+  const int64_t user = r / in.T;
+  const S factor = a.grad_logits == nullptr ? S(0) : factor_of<S>(a, user, r - user * in.T, lane);
+  const Token<S> token = token_of<T>(in, c, x, column);
+  if (!by_warps) {
+    sum = empty_partial<S>();
+    for (int i = lane; i < plan.cluster * kWarps; i += kWarp) {
+      Partial<S>* of = sums;
+      if (plan.cluster > 1) of = cluster_peer(of, static_cast<unsigned>(i / kWarps));
+      sum = merge(sum, {of[i % kWarps].top, of[i % kWarps].e, S(0)}, rate);
+    }
+    sum = merge_warp(sum, rate);
+  }
 
   S bound = static_cast<S>(-INFINITY);
-  if (a.beam.width > 0)
-    bound =
-        kth_largest<S>(a.beam.width, part * kWarp + lane, plan.warps * kWarp, histogram,
-                       &searches[local], [&](const auto& f) {
-                         for (int64_t i = part * kWarp + lane; i < c.n; i += plan.warps * kWarp) {
-                           const int64_t v = c.list == nullptr ? c.first + i : c.list[i];
-                           if (v < 0 || v >= in.V) continue;
-                           const S entry = load(keep != nullptr ? keep + i : x + v);
-                           if (entry == entry) f(entry);
-                         }
-                       });
-  __syncthreads();
-  if (!mine) return;
-  RowState<S> row = states[local];
-  row.logp = row.logp > S(0) ? S(0) : row.logp;  // by rounding; NaN stays
-  S weight = S(1);
-  if (a.beam.width > 0) {
-    const S log_bound = (bound - row.z.top) * static_cast<S>(in.inv_temperature) - row.z.log_sum;
-    weight = c.n > 1 ? a.beam.of_token<S>(row.logp, log_bound) : S(0);
+  if constexpr (kBeam) {
+    if (plan.cluster > 1) selection = cluster_peer(selection, 0);
+    const auto one_by_one = [&](const auto& f) {
+      for (int64_t i = thread; i < own.n; i += threads) {
+        const int64_t v = own.list == nullptr ? own.first + i : own.list[i];
+        if (v >= 0 && v < in.V) f(load(keep != nullptr ? keep + i : x + v));
+      }
+    };
+    const auto collect = [&](S least) {
+      const auto one = [&](S x) {
+        if (x >= least) selection->put(atomicAdd(&selection->count, 1u), x);
+      };
+      if (own.list != nullptr) return one_by_one(one);
+      const T* from = keep != nullptr ? keep : x + own.first;
+      read_packs(
+          from, {0, own.n}, thread, threads,
+          [&](int64_t, const Pack<T>& pack) {
+#pragma unroll
+            for (int j = 0; j < Pack<T>::kSize; ++j) one(load(&pack.v[j]));
+          },
+          [&](int64_t i) { one(load(from + i)); });
+    };
+    bound = kth_largest(a.beam.width, c.n, team, *selection, tops, collect, one_by_one);
   }
-  if (part == 0 && lane == 0)
-    static_cast<S*>(a.logps)[r] = weight == S(0) ? S(0) : weight * row.logp;
+  if (plan.cluster > 1) team.sync();  // nobody leaves while its sums or selection are read
+  const RowSlope<S> slope = finish_row(a, r, c.n, sum, token, bound, factor, team.thread == 0);
   if (a.grad_logits == nullptr) return;
-  const S choices = a.beam.choices != nullptr ? *static_cast<const S*>(a.beam.choices) : S(1);
-  const double factor =
-      a.factors.of_token<S>(r % in.T) * a.outer.of_user<S>(r / in.T) / static_cast<double>(choices);
-  const RowSlope<S> slope = slope_of<T>(in, c, r, row.z, static_cast<S>(-factor * weight), S(0));
   const RowSource<T> from =
-      keep != nullptr ? RowSource<T>{keep, true} : RowSource<T>{x + c.first, false};
-  write_grad<T>(c, from, slope, slope.a == S(0) ? -1 : in.tokens[r],
+      keep != nullptr ? RowSource<T>{keep, true} : RowSource<T>{x + own.first, false};
+  write_grad<T>(own, from, slope, token.held ? token.column : -1,
                 static_cast<S>(in.inv_temperature), static_cast<T*>(a.grad_logits) + r * in.V,
-                share_of(in.V, part, plan.warps), lane, kWarp);
+                columns, thread, threads);
 }
 
 template <class S>
@@ -189,61 +567,103 @@ __global__ void __launch_bounds__(kThreads) choices(ChoicesArgs a) {
   if (threadIdx.x == 0) *static_cast<S*>(a.count) = static_cast<S>(count > 1 ? count : 1);
 }
 
+constexpr int kFinishThreads = 1024;
+
+// One block: the log-probabilities are few, and read once for all levels.  Up to
+// kFinishThreads levels at a time, each thread adds those of one.
 template <class S>
-__global__ void __launch_bounds__(kThreads) finish_rows(FinishArgs a) {
-  GENREC_SHARED(double, parts, kThreads);
+__global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
+  GENREC_SHARED(double, parts, kFinishThreads);
+  GENREC_SHARED(double, sums, kFinishThreads);
+  GENREC_SHARED(double, factors, kFinishThreads);
   const S* logps = static_cast<const S*>(a.logps);
   const S choices = a.choices != nullptr ? *static_cast<const S*>(a.choices) : S(1);
-  if (a.losses != nullptr)
-    for (int64_t n = threadIdx.x; n < a.N; n += kThreads) {
-      double loss = 0;
-      for (int64_t t = 0; t < a.T; ++t) loss -= a.factors.of_token<S>(t) * logps[n * a.T + t];
-      static_cast<S*>(a.losses)[n] = static_cast<S>(loss * a.scale / choices);
-    }
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   double total = 0, before = 0;  // the sum of the tokens before, over all users
-  for (int64_t t = 0; t < a.T; ++t) {
-    const double sum =
-        sum_block(a.N, parts, [&](int64_t n) { return static_cast<double>(logps[n * a.T + t]); });
-    total -= a.factors.of_token<S>(t) * sum;
-    before += sum;
-    if (t < a.factors.P && threadIdx.x == 0)
-      static_cast<S*>(a.levels)[t] =
-          static_cast<S>(-before / static_cast<double>(a.N > 0 ? a.N : 1) /
-                         ((t + 1) * a.factors.prefix_temperature));
+  for (int64_t from = 0; from < a.T; from += kFinishThreads) {
+    const int levels = static_cast<int>(bounded(a.T - from, 0, kFinishThreads));
+    const int users = kFinishThreads / levels;  // at a time
+    const int user = thread / levels, level = thread % levels;
+    double mine = 0;
+    if (user < users)
+#pragma unroll 8
+      for (int64_t n = user; n < a.N; n += users) mine += logps[n * a.T + from + level];
+    __syncthreads();  // whoever still reads those before
+    parts[thread] = mine;
+    if (thread < levels) factors[thread] = a.factors.of_token<S>(from + thread);
+    __syncthreads();
+    for (int t = warp; t < levels; t += kFinishThreads / kWarp) {
+      double sum = 0;
+      for (int i = lane; i < users; i += kWarp) sum += parts[i * levels + t];
+#pragma unroll
+      for (int width = kWarp / 2; width > 0; width /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, width);
+      if (lane == 0) sums[t] = sum;
+    }
+    __syncthreads();
+    // In the order of the tokens: up to a thread's own, then all.
+    if (thread < levels && from + thread < a.factors.P) {
+      double upto = before;
+      for (int t = 0; t <= thread; ++t) upto += sums[t];
+      static_cast<S*>(a.levels)[from + thread] =
+          static_cast<S>(-upto / static_cast<double>(a.N > 0 ? a.N : 1) /
+                         ((from + thread + 1) * a.factors.prefix_temperature));
+    }
+    if (thread == 0 || levels == kFinishThreads)
+      for (int t = 0; t < levels; ++t) {
+        total -= factors[t] * sums[t];
+        before += sums[t];
+      }
   }
-  if (a.total != nullptr && threadIdx.x == 0)
+  if (a.total != nullptr && thread == 0)
     *static_cast<S*>(a.total) = static_cast<S>(total * a.scale / choices);
+  if (a.losses == nullptr) return;
+  const bool known = a.T <= kFinishThreads;  // the factors, all at once
+  for (int64_t n = thread; n < a.N; n += kFinishThreads) {
+    double loss = 0;
+    for (int64_t t = 0; t < a.T; ++t)
+      loss -= (known ? factors[t] : a.factors.of_token<S>(t)) * logps[n * a.T + t];
+    static_cast<S*>(a.losses)[n] = static_cast<S>(loss * a.scale / choices);
+  }
 }
 
 // ---- pairwise ----
 
-// The largest of value(begin) .. value(n - 1) and `least`, NaN where one is; as sum_block.
+// The largest of value(0) .. value(n - 1) and `least`, NaN where one is; as sum_block.
 template <class Value>
-__device__ __forceinline__ double max_block(int64_t begin, int64_t n, double least, double* parts,
+__device__ __forceinline__ double max_block(int64_t n, double least, double* parts,
                                             const Value& value) {
   const auto larger = [](double a, double b) { return b > a || b != b ? b : a; };
   double mine = least;
-  for (int64_t i = begin + threadIdx.x; i < n; i += kThreads) mine = larger(mine, value(i));
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) mine = larger(mine, value(i));
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    mine = larger(mine, __shfl_xor_sync(0xffffffffu, mine, width));
   __syncthreads();  // whoever still reads the last one
-  parts[threadIdx.x] = mine;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < width)
-      parts[threadIdx.x] = larger(parts[threadIdx.x], parts[threadIdx.x + width]);
-  }
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  return parts[0];
+  double most = parts[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) most = larger(most, parts[i]);
+  return most;
 }
 
-// A block a user; a thread's candidates are its own in every step.
+// A block a user; a thread's candidates are its own in every step, and the first of them,
+// which is mostly the only one, is looked at once a level.
 template <class S>
 __global__ void __launch_bounds__(kThreads) pairwise(PairwiseArgs a) {
   GENREC_SHARED(double, parts, kThreads);
   const int64_t n = blockIdx.x;
   S* slopes = a.slopes != nullptr ? static_cast<S*>(a.slopes) + n * a.C * a.T : nullptr;
   for (int64_t t = 0; t < a.factors.P; ++t) {
-    const auto ahead = [&](int64_t i) { return ahead_of_positive<S>(a, n, i, t); };
-    const double top = max_block(1, a.C, 0, parts, ahead);
+    const int64_t first = threadIdx.x;
+    const double of_first = first < a.C ? ahead_of_positive<S>(a, n, first, t) : 0;
+    const auto ahead = [&](int64_t i) {
+      return i == first ? of_first : ahead_of_positive<S>(a, n, i, t);
+    };
+    const double top = max_block(a.C, 0, parts, [&](int64_t i) {
+      return i == 0 ? static_cast<double>(-INFINITY) : ahead(i);
+    });
     const double others = sum_block(
         a.C, parts, [&](int64_t i) { return i == 0 ? 0.0 : relative_power(ahead(i), top); });
     const double sum = others + exp(-top);
@@ -279,33 +699,64 @@ __global__ void __launch_bounds__(kThreads) finish_pairs(FinishPairwiseArgs a) {
 
 // ---- launches ----
 
+// A cluster is the smallest whose blocks leave room for others on their processor; else
+// the largest, also where no block can keep its part: then each reads little again, which
+// is still in the cache.
 template <class T>
 RowsPlan plan_rows(const RowsArgs& a) {
+  using S = acc_t<T>;
   constexpr int64_t kWarpRow = 2048;  // a warp a row of up to this many columns
+  constexpr int kLargestCluster = 8;  // what every device with clusters grants
+  const DeviceLimits limits = device_limits();
   RowsPlan plan;
   plan.warps = a.in.V <= kWarpRow ? 1 : kWarps;
   const int64_t count = kWarps / plan.warps;
-  const int64_t histograms =
-      a.beam.width > 0 ? count * kDigits * static_cast<int64_t>(sizeof(uint32_t)) : 0;
-  plan.shared = static_cast<size_t>(histograms);
+  const int64_t selections =
+      a.beam.width > 0 ? count * static_cast<int64_t>(sizeof(Selection<S>)) : 0;
+  const bool cut = plan.warps > 1 && a.in.support.begin == nullptr && limits.capability >= 90 &&
+                   knows_clusters(weighted_rows<T, false>);
+  const auto kept_bytes = [&](int cluster) {
+    const int64_t part = round_up(blocks_for(a.in.V, cluster), kPartStep);
+    // 16 more bytes, since a kept row starts where its logits do.
+    return round_up(part * static_cast<int64_t>(sizeof(T)), 16) + 16;
+  };
+  if (cut)
+    while (plan.cluster < kLargestCluster && selections + kept_bytes(plan.cluster) > kPlainShared)
+      plan.cluster *= 2;
+  plan.shared = static_cast<size_t>(selections);
   if (a.grad_logits == nullptr && a.beam.width == 0) return plan;
-  // 16 more bytes, since a kept row starts where its logits do.
-  const int64_t row_bytes = round_up(a.in.V * static_cast<int64_t>(sizeof(T)), 16) + 16;
-  // Besides, the block's states and sums.
-  constexpr int64_t kOwn = 2048;
-  if (histograms + count * row_bytes + kOwn > device_limits().shared_per_block) return plan;
+  const int64_t row_bytes = kept_bytes(plan.cluster);
+  constexpr int64_t kOwn = 2048;  // besides, the block's sums
+  if (selections + count * row_bytes + kOwn > limits.shared_per_block) return plan;
   plan.row_bytes = row_bytes;
-  plan.shared = static_cast<size_t>(histograms + count * row_bytes);
+  plan.shared = static_cast<size_t>(selections + count * row_bytes);
   return plan;
+}
+
+template <class T>
+int launch_short_rows(const RowsArgs& a, void* stream) {
+  const int warps = static_cast<int>(bounded(blocks_for(a.in.V, kWarp * kHeld), 1, kWarps));
+  const int64_t rows = a.in.N * a.in.T;
+  const Launch how = warps == 1 ? on(blocks_for(rows, kShortRows), kShortRows * kWarp, stream)
+                                : on(rows, warps * kWarp, stream);
+  return a.beam.width > 0 ? launch(short_rows<T, true>, how, a, warps)
+                          : launch(short_rows<T, false>, how, a, warps);
 }
 
 int rows_of(const RowsArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
+    if constexpr (sizeof(acc_t<T>) == sizeof(float))
+      if (a.in.support.begin == nullptr && a.in.V <= kShortRow)
+        return launch_short_rows<T>(a, stream);
     const RowsPlan plan = plan_rows<T>(a);
-    Launch how = on(blocks_for(a.in.N * a.in.T, kWarps / plan.warps), kThreads, stream);
+    const int64_t rows = a.in.N * a.in.T;
+    Launch how =
+        on(plan.warps == 1 ? blocks_for(rows, kWarps) : rows * plan.cluster, kThreads, stream);
     how.shared = plan.shared;
-    return launch(weighted_rows<T>, how, a, plan);
+    how.cluster = plan.cluster;
+    return a.beam.width > 0 ? launch(weighted_rows<T, true>, how, a, plan)
+                            : launch(weighted_rows<T, false>, how, a, plan);
   });
 }
 
@@ -319,7 +770,7 @@ int choices_of(const ChoicesArgs& a, void* stream) {
 int finish_of(const FinishArgs& a, void* stream) {
   return by_accumulator(a.dtype, [&](auto* tag) {
     using S = std::remove_pointer_t<decltype(tag)>;
-    return launch(finish_rows<S>, on(1, kThreads, stream), a);
+    return launch(finish_rows<S>, on(1, kFinishThreads, stream), a);
   });
 }
 

@@ -81,7 +81,8 @@ int64_t listed(const Rows& rows, const Row& row, int64_t r) {
   return std::max<int64_t>(0, std::min({rows.end[i], M, begin + rows.in.V}) - begin);
 }
 
-void check_rows(Random& random, DType dtype) {
+// `ties`: rows of few values, so that very many entries may be the k-th largest.
+void check_rows(Random& random, DType dtype, bool ties) {
   Rows rows = make_rows(random, dtype, random.one_in(2));
   rows.mask = nullptr;
   rows.in.mask = nullptr;
@@ -98,14 +99,15 @@ void check_rows(Random& random, DType dtype) {
   a.logps = logps.data();
   const bool with_grad = !random.one_in(4);
   if (with_grad) a.grad_logits = grad.data();
-  if (!random.one_in(3)) {
-    const int64_t widths[] = {1, 2, 5, 50, V, V + 1, 300};
-    a.beam = {widths[random.below(7)], random.one_in(4) ? 0 : 2 * random.uniform(),
+  if (ties || !random.one_in(3)) {
+    const int64_t widths[] = {1, 2, 5, 50, V, V + 1, 300, 600};
+    a.beam = {widths[random.below(8)], random.one_in(4) ? 0 : 2 * random.uniform(),
               random.one_in(3) ? 1e-2 : 1, choices.data()};
-    if (random.one_in(3))  // equal logits, some of them the bound
+    const int64_t values = 1 + random.below(3);
+    if (ties || random.one_in(3))  // equal logits, some of them the bound
       for (int64_t i = 0; i < rows.logits.size(); ++i)
         if (rows.logits[i] == rows.logits[i] && !std::isinf(rows.logits[i]))
-          rows.logits.set(i, std::round(rows.logits[i]));
+          rows.logits.set(i, ties ? double(random.below(values)) : std::round(rows.logits[i]));
   }
   const Buffer kept = rows.logits;
   if (a.beam.width > 0)
@@ -284,10 +286,14 @@ int main(int argc, char** argv) {
         run(random, dtype);
         random.large = -1;
       };
-      check("rows", check_rows);
+      const auto rows = [](Random& r, DType type) { check_rows(r, type, false); };
+      const auto ties = [](Random& r, DType type) { check_rows(r, type, true); };
+      check("rows", rows);
       // A large shape in turn, so that few trials see all of them.
       random.large = (4 * i + static_cast<int>(dtype)) % kLargeShapes;
-      check("rows", check_rows);
+      check("rows", rows);
+      random.large = (4 * i + 2 * static_cast<int>(dtype) + 1) % kLargeShapes;
+      check("ties", ties);
       if (dtype == accumulator_of(dtype)) check("pairwise", check_pairwise);
     }
   std::printf("%d trials, %d failures\n", trials, failures);
