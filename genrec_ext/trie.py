@@ -206,7 +206,7 @@ class Trie:
         self._unavailable = 0
         # [2, levels]: how many nodes a level has, and where its columns start.
         sizes = [len(part) - 1 for part in self._first_child]
-        self._level_facts = torch.tensor([sizes, self._column_start], device=columns.device)
+        self._level_facts = torch.tensor([sizes, self._column_start]).to(columns.device)
         self._derived = _Derived()
         # The same trie on the CPU, where edits are made; itself there.
         self._host: Trie | None = None

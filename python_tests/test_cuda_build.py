@@ -26,7 +26,6 @@ ARCHITECTURES = ("80", "90", "100")
 # doubles, which are for gradcheck.
 REGISTERS = {
     "fused_sequences": 80,  # of up to 384 threads
-    "split_sequences": 80,  # of 768
     "normalize_rows": 80,
     "sum_parts": 64,
     "finish_rows": 64,
@@ -66,7 +65,6 @@ KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 20, "tokenizer_cuda.cu": 8, "
 # Kernels that move whole rows: 16 bytes an instruction, in and out.
 WIDE_LOADS = (
     "fused_sequences",
-    "split_sequences",
     "normalize_rows",
     "sum_parts",
     "grad_rows",
@@ -79,7 +77,6 @@ WIDE_LOADS = (
 )
 WIDE_STORES = (
     "fused_sequences",
-    "split_sequences",
     "grad_rows",
     "scale_rows",
     "short_rows",

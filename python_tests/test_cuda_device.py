@@ -9,15 +9,12 @@ import torch
 import genrec_ext
 from genrec_ext import reference
 
-# One block a sequence, clusters of 2, 4 and 8, rows cut in parts of which all or some are kept,
-# then several launches; odd sizes among them.
+# One block a sequence, clusters of 2, 4 and 8, then several launches; odd sizes among them.
 PATHS = {
     "a block": (3, 4, 256),
     "a cluster of two": (2, 4, 5_001),
     "a cluster of four": (2, 4, 9_000),
     "a cluster of eight": (1, 8, 11_003),
-    "rows in parts": (9, 3, 20_011),
-    "rows in parts, some read again": (8, 6, 100_003),
     "several launches": (1, 2, 131_075),
     "several launches of short rows": (1, 140, 5_001),
 }

@@ -1,12 +1,10 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// A loss goes one of three ways.  Where a sequence's rows fit the shared memory of a
+// A loss goes one of two ways.  Where a sequence's rows fit the shared memory of a
 // block, or of a cluster of up to eight, one launch does all: rows are read once, kept
-// on the chip, and left as gradient.  Long rows are shared by the eight blocks of a
-// cluster, which keep what fits and read the rest again, from the second-level cache as
-// far as that holds it.  What is left takes several launches: rows, the sequences' scalar
-// mathematics, gradient.
+// on the chip, and left as gradient.  Longer ones take several launches: the rows' sums,
+// the sequences' scalar mathematics, gradient.
 //
 // How threads share a row and in which order its sum is folded depends on its number of
 // columns alone, so that a log-probability has the same bits whoever computes it, and the
@@ -50,16 +48,6 @@ __device__ __forceinline__ Partial<S>* parts_of(S* workspace, int64_t r) {
 // longer one is cut into kMaxParts parts of a block each.
 constexpr int64_t kWarpRow = 2048, kShortRow = 16384;
 constexpr int kRowWarps = 4, kRowThreads = kRowWarps * kWarp;
-// Of a part's block: as many as have the registers that they need.  ThreadSanitizer has
-// no room for a cluster of those.
-#if defined(GENREC_SIMULATOR)
-template <class T>
-constexpr int kPartThreads = sizeof(acc_t<T>) == 8 ? 96 : 192;
-#else
-template <class T>
-constexpr int kPartThreads = sizeof(acc_t<T>) == 8 ? 384 : 768;
-#endif
-
 __host__ __device__ __forceinline__ int warps_of(int64_t V) {
   return V <= kWarpRow ? 1 : kRowWarps;
 }
@@ -80,12 +68,15 @@ struct Row {
   acc_t<T> own = 0;
 
   Row() = default;
-  // The token's logit is asked for at once, before the others.
   __device__ __forceinline__ Row(const Scores& in, int64_t r) : counted(counts(in.mask, r)) {
     if (!counted) return;
     c = columns_of(in, r);
     x = row_of<T>(in, r);
-    scored = genrec::scored(in, c, r);
+  }
+
+  // Two loads, one after the other, so that others had better be on their way before.
+  __device__ __forceinline__ void fetch_own(const Scores& in, int64_t r) {
+    scored = counted && genrec::scored(in, c, r);
     if (scored) own = load(x + in.tokens[r]);
   }
 
@@ -109,57 +100,61 @@ __device__ __forceinline__ T* keep_at(unsigned char* memory, const Row<T>& row) 
   return keep;
 }
 
-// The sum of a warp's share of a row that is kept, in every lane.  All of it is on its
-// way to `keep` before the first logit is looked at.
+// Sends a warp's share of a row on its way to `keep`, but for lists.
+template <class T>
+__device__ __forceinline__ void start_copy(const Row<T>& row, Share s, int lane, T* keep) {
+  if (!row.counted || row.c.list != nullptr) return;
+  const T* from = row.x + row.c.first;
+  each_pack(
+      from, s, lane, kWarp, [&](int64_t i) { copy_async(keep + i, from + i); },
+      [&](int64_t i) { keep[i] = from[i]; });
+}
+
+// The sum of that share, in every lane, once it is there.
 template <class T>
 __device__ __forceinline__ Partial<acc_t<T>> sum_kept(const Scores& in, const Row<T>& row, Share s,
                                                       int lane, T* keep) {
   using S = acc_t<T>;
   constexpr int kSize = Pack<T>::kSize;
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  if (!row.counted) return empty_partial<S>();
+  if (row.c.list != nullptr)
+    return merge_warp(sum_part<T>(in, row.c, row.x, s, lane, kWarp, keep), rate);
+  const T* from = row.x + row.c.first;
+  wait_for_copies();
+  // A lane reads what it has copied itself.
   Partial<S> sum = empty_partial<S>();
-  if (row.counted && row.c.list != nullptr) {
-    sum = sum_part<T>(in, row.c, row.x, s, lane, kWarp, keep);
-  } else if (row.counted) {
-    const T* from = row.x + row.c.first;
-    each_pack(
-        from, s, lane, kWarp, [&](int64_t i) { copy_async(keep + i, from + i); },
-        [&](int64_t i) { keep[i] = from[i]; });
-    wait_for_copies();
-    // A lane reads what it has copied itself.
-    S most = S(-INFINITY);
-    const auto larger = [&](S x) { most = x > most ? x : most; };
+  const auto larger = [&](S x) { sum.top = x > sum.top ? x : sum.top; };
+  each_pack(
+      from, s, lane, kWarp,
+      [&](int64_t i) {
+        const Pack<T> pack = load_pack(keep + i);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) larger(load(&pack.v[j]));
+      },
+      [&](int64_t i) { larger(load(keep + i)); });
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    larger(__shfl_xor_sync(0xffffffffu, sum.top, width));
+  if (sum.top == S(-INFINITY)) {  // nothing but -inf and NaN
+    for (int64_t i = s.begin + lane; i < s.end; i += kWarp)
+      if (const S x = load(from + i); x != x) sum.e = x;
+  } else {
     each_pack(
         from, s, lane, kWarp,
         [&](int64_t i) {
           const Pack<T> pack = load_pack(keep + i);
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) larger(load(&pack.v[j]));
+          for (int j = 0; j < kSize; ++j) add_under(sum, load(&pack.v[j]), rate);
         },
-        [&](int64_t i) { larger(load(keep + i)); });
-    sum.top = most;
-    if (most == S(-INFINITY)) {  // nothing but -inf and NaN
-      each_pack(
-          from, s, lane, kWarp,
-          [&](int64_t i) {
-            for (int j = 0; j < kSize; ++j)
-              if (const S x = load(keep + i + j); x != x) sum.e = x;
-          },
-          [&](int64_t i) {
-            if (const S x = load(keep + i); x != x) sum.e = x;
-          });
-    } else {
-      each_pack(
-          from, s, lane, kWarp,
-          [&](int64_t i) {
-            const Pack<T> pack = load_pack(keep + i);
-#pragma unroll
-            for (int j = 0; j < kSize; ++j) add_under(sum, load(&pack.v[j]), rate);
-          },
-          [&](int64_t i) { add_under(sum, load(keep + i), rate); });
-    }
+        [&](int64_t i) { add_under(sum, load(keep + i), rate); });
   }
-  return merge_warp(sum, rate);
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+    sum.e += __shfl_xor_sync(0xffffffffu, sum.e, width);
+    sum.w += __shfl_xor_sync(0xffffffffu, sum.w, width);
+  }
+  return sum;
 }
 
 // The states of rows of up to kShortRow columns.  Shared memory: the block's rows.
@@ -175,8 +170,11 @@ __global__ void __launch_bounds__(kRowThreads, 6)
   const bool mine = r < in.N * in.T;
   Row<T> row;
   if (mine) row = Row<T>(in, r);
-  Partial<S> sum = sum_kept<T>(in, row, share_of(row.c.n, part, warps), lane,
-                               keep_at<T>(memory + local * kept_bytes<T>(in.V), row));
+  const Share share = share_of(row.c.n, part, warps);
+  T* keep = keep_at<T>(memory + local * kept_bytes<T>(in.V), row);
+  start_copy<T>(row, share, lane, keep);
+  if (mine) row.fetch_own(in, r);
+  Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
   if (warps > 1) {
     GENREC_SHARED(Partial<S>, parts, kRowWarps);
     if (lane == 0) parts[warp] = sum;
@@ -186,31 +184,24 @@ __global__ void __launch_bounds__(kRowThreads, 6)
   if (mine && part == 0 && lane == 0) out.set(r, row.state(in, sum));
 }
 
-// The sum of a block's part of a row, in thread 0.  `warps` holds one a warp.
-template <class T>
-__device__ __forceinline__ Partial<acc_t<T>> warp_sum_of_part(const Scores& in, const RowColumns& c,
-                                                              const T* x, int part, T* keep) {
-  return merge_warp(sum_part<T>(in, c, x, share_of(c.n, part, kMaxParts),
-                                static_cast<int>(threadIdx.x), kPartThreads<T>, keep),
-                    static_cast<acc_t<T>>(in.inv_temperature * kLog2e));
-}
-
 // The sums of the parts of longer rows, a block a part.
 template <class T>
-__global__ void __launch_bounds__(kPartThreads<T>, 1) sum_parts(Scores in, acc_t<T>* workspace) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
+    sum_parts(Scores in, acc_t<T>* workspace) {
   using S = acc_t<T>;
-  constexpr int kWarps = kPartThreads<T> / kWarp;
   const int64_t r = blockIdx.x / kMaxParts;
   const int part = blockIdx.x % kMaxParts;
   if (!counts(in.mask, r)) return;
+  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
+  const RowColumns c = columns_of(in, r);
   const Partial<S> mine =
-      warp_sum_of_part<T>(in, columns_of(in, r), row_of<T>(in, r), part, nullptr);
-  GENREC_SHARED(Partial<S>, warps, kWarps);
+      merge_warp(sum_part<T>(in, c, row_of<T>(in, r), share_of(c.n, part, kMaxParts),
+                             static_cast<int>(threadIdx.x), kThreads, nullptr),
+                 rate);
+  GENREC_SHARED(Partial<S>, warps, kThreads / kWarp);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  if (threadIdx.x == 0)
-    parts_of(workspace, r)[part] =
-        merge_parts(warps, kWarps, static_cast<S>(in.inv_temperature * kLog2e));
+  if (threadIdx.x == 0) parts_of(workspace, r)[part] = merge_parts(warps, kThreads / kWarp, rate);
 }
 
 template <class T>
@@ -218,7 +209,8 @@ __global__ void finish_rows(Scores in, acc_t<T>* workspace, RowArrays<acc_t<T>> 
   using S = acc_t<T>;
   const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (r >= in.N * in.T) return;
-  const Row<T> row(in, r);
+  Row<T> row(in, r);
+  row.fetch_own(in, r);
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
   out.set(r, row.state(in, row.counted ? merge_parts(parts_of(workspace, r), kMaxParts, rate)
                                        : empty_partial<S>()));
@@ -354,10 +346,13 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
   const bool mine = t < in.T;
   Row<T> row;
   if (mine) row = Row<T>(in, r);
-  sequence.fetch(q, n);
+  const Share share = share_of(row.c.n, part, warps);
   T* keep = keep_at<T>(kept + local * kept_bytes<T>(in.V), row);
-  Partial<S> sum = sum_kept<T>(in, row, share_of(row.c.n, part, warps), lane, keep);
+  start_copy<T>(row, share, lane, keep);
+  sequence.fetch(q, n);
+  if (mine) row.fetch_own(in, r);
   if (plan.cluster > 1) cluster_sync();  // the peers are there to be written to
+  Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
   if (warps > 1) {
     if (lane == 0) sums[warp] = sum;
     __syncthreads();
@@ -384,81 +379,6 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
   write_grad<T>(row.c, {keep, true}, RowSlope<S>{state.z, rate, a, S(0)},
                 a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
                 grad + n * grad_n + t * grad_t, share_of(in.V, part, warps), lane, kWarp);
-}
-
-// What a block of `split_sequences` has in shared memory before the parts of rows.
-template <class T>
-__host__ __device__ __forceinline__ int64_t split_bytes(int64_t length) {
-  using S = acc_t<T>;
-  return Sequence<S>::bytes(length) + round_up(length * (kPartThreads<T> / kWarp + kMaxParts) *
-                                                   static_cast<int64_t>(sizeof(Partial<S>)),
-                                               16);
-}
-
-// The same for longer rows: each block of a cluster of kMaxParts takes a part of every
-// row and keeps those of the first `kept` rows.  Shared memory: the sequence, the sums of
-// this block's warps [T, warps], those of all blocks [kMaxParts, T], parts.
-template <class T>
-__global__ void __launch_bounds__(kPartThreads<T>, 1)
-    split_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t, int kept) {
-  using S = acc_t<T>;
-  constexpr int kWarps = kPartThreads<T> / kWarp;
-  GENREC_DYNAMIC_SHARED(unsigned char, memory);
-  Sequence<S> sequence(memory, in.T);
-  Partial<S>* warps = reinterpret_cast<Partial<S>*>(memory + Sequence<S>::bytes(in.T));
-  Partial<S>* parts = warps + in.T * kWarps;
-  unsigned char* rows = memory + split_bytes<T>(in.T);
-  const int rank = static_cast<int>(cluster_rank());
-  const int64_t n = blockIdx.x / kMaxParts;
-  const S rate = static_cast<S>(in.inv_temperature * kLog2e);
-  const Share share = share_of(in.V, rank, kMaxParts);
-  const int64_t row_bytes = kept_bytes<T>(share_of(in.V, 0, kMaxParts).end);
-  // Where row t's part is kept, as if the whole row were: only where all columns count.
-  const auto keep_of = [&](int64_t t, const T* x) {
-    return reinterpret_cast<T*>(rows + t * row_bytes) +
-           reinterpret_cast<uintptr_t>(x + share.begin) % 16 / sizeof(T) - share.begin;
-  };
-
-  sequence.fetch(q, n);
-  for (int64_t t = 0; t < in.T; ++t) {
-    const int64_t r = n * in.T + t;
-    Partial<S> sum = empty_partial<S>();
-    if (counts(in.mask, r)) {
-      const T* x = row_of<T>(in, r);
-      sum = warp_sum_of_part<T>(in, columns_of(in, r), x, rank, t < kept ? keep_of(t, x) : nullptr);
-    }
-    if (threadIdx.x % kWarp == 0) warps[t * kWarps + threadIdx.x / kWarp] = sum;
-  }
-  cluster_sync();  // the peers are there to be written to
-  for (int64_t t = threadIdx.x; t < in.T; t += kPartThreads<T>) {
-    const Partial<S> sum = merge_parts(warps + t * kWarps, kWarps, rate);
-    for (int peer = 0; peer < kMaxParts; ++peer)
-      cluster_peer(parts, static_cast<unsigned>(peer))[t * kMaxParts + rank] = sum;
-  }
-  cluster_sync();
-  for (int64_t t = threadIdx.x; t < in.T; t += kPartThreads<T>) {
-    const Row<T> row(in, n * in.T + t);
-    sequence.states[t] = row.state(in, merge_parts(parts + t * kMaxParts, kMaxParts, rate));
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const SequenceResult<S> result = sequence.loss(q);
-    if (rank == 0) keep_result(q, n, result);
-  }
-  __syncthreads();
-  if (grad == nullptr) return;
-  // The last rows read are the likeliest to be in cache still.
-  for (int64_t t = in.T - 1; t >= 0; --t) {
-    const int64_t r = n * in.T + t;
-    const RowColumns c = columns_of(in, r);
-    const T* x = row_of<T>(in, r);
-    const RowState<S> state = sequence.states[t];
-    const RowSlope<S> slope = slope_of<T>(in, c, r, state.z, state.slope, S(0));
-    write_grad<T>(c, {t < kept ? keep_of(t, x) : x + c.first, false}, slope,
-                  slope.a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
-                  grad + n * grad_n + t * grad_t, share, static_cast<int>(threadIdx.x),
-                  kPartThreads<T>);
-  }
 }
 
 template <class S>
@@ -559,8 +479,7 @@ int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& 
     how.shared = static_cast<size_t>(each * kept_bytes<T>(in.V));
     return launch(normalize_rows<T>, how, in, out);
   }
-  const int code =
-      launch(sum_parts<T>, on(rows * kMaxParts, kPartThreads<T>, stream), in, workspace);
+  const int code = launch(sum_parts<T>, on(rows * kMaxParts, kThreads, stream), in, workspace);
   if (code != cudaSuccess) return code;
   return launch(finish_rows<T>, on(blocks_for(rows, kThreads), kThreads, stream), in, workspace,
                 out);
@@ -626,24 +545,6 @@ FusedPlan plan_fused(const Scores& in) {
   return best;
 }
 
-// Whether `split_sequences` takes them, in `shared` bytes, and how many rows it keeps.
-// Few sequences leave it few blocks, and long ones outlast the cache.
-template <class T>
-bool plan_split(const Scores& in, size_t* shared, int* kept) {
-  constexpr int64_t kFewest = 8, kLongest = 32;
-  const DeviceLimits limits = device_limits();
-  if (in.V <= kShortRow || in.T > kLongest || in.N < kFewest || limits.capability < 90 ||
-      !knows_clusters(split_sequences<T>))
-    return false;
-  const int64_t own = split_bytes<T>(in.T);
-  if (own > limits.shared_per_block) return false;
-  const int64_t row = kept_bytes<T>(round_up(blocks_for(in.V, kMaxParts), kPartStep));
-  const bool all = in.support.begin == nullptr && in.support.ranges == nullptr;
-  *kept = all ? static_cast<int>(bounded((limits.shared_per_block - own) / row, 0, in.T)) : 0;
-  *shared = static_cast<size_t>(own + *kept * row);
-  return true;
-}
-
 int sage_loss(const SageLossArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -658,12 +559,6 @@ int sage_loss(const SageLossArgs& a, void* stream) {
       return launch(fused_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
                     a.grad_stride_t, plan);
     }
-    int kept = 0;
-    Launch how = on(a.in.N * kMaxParts, kPartThreads<T>, stream);
-    how.cluster = kMaxParts;
-    if (plan_split<T>(a.in, &how.shared, &kept))
-      return launch(split_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
-                    a.grad_stride_t, kept);
     int code = normalize<T>(a.in, w, {w, w + 1, w + 2, w + 3, kWorkspace, kWorkspace}, stream);
     if (code != cudaSuccess) return code;
     code = launch(score_sequences<S>, on(blocks_for(a.in.N, kWarp), kWarp, stream), a.sequence, w);

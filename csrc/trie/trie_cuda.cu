@@ -6,10 +6,10 @@
 // A candidate is ordered by (key, parent, node), no two alike, so equal input gives
 // equal bits.  There are two ways to choose:
 //
-// - `best_children`, for beam search of up to 256 beams and widths: a block keeps its
-//   candidates in shared memory, drops those that can no longer win whenever that is
-//   full, and sorts the rest; the blocks of a user then look up each other's lists for
-//   the rank of their own.
+// - `best_children`, for beam search of up to 256 beams and widths: a warp keeps the
+//   candidates of its rows in shared memory and drops those that can no longer win
+//   whenever that is full; a block sorts what its warps kept, and the blocks of a user
+//   look for the rank of their own in each other's lists.
 // - `step_users`, for wider steps and for sampling: radix selection.  A histogram of
 //   the candidates' highest digit tells where the last that is kept lies, then the next
 //   digit of those that share it, until what is kept is known exactly.  Candidates are
@@ -479,14 +479,15 @@ __global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
 // ---- beam search in shared memory ----
 
 constexpr int kMostBeams = kStepThreads, kMostWidth = 256;
-// Candidates that a block holds at a time, and how many it adds between two looks.
-constexpr int kRoom = 2048, kAdded = 1024;
+// Least number of candidates that a warp holds at a time.
+constexpr int kWarpRoom = 256;
+constexpr int kMostRoom = kWarps * 2 * kMostWidth;
 constexpr uint64_t kNoCandidate = ~uint64_t{0};
 
 // A beam of this block, in shared memory.
 struct Beam {
   int32_t begin, count;  // its children
-  float score, top, base;
+  float score;
 };
 
 // The 16-byte packs of a row's part [from, from + n), and what lies beside them.
@@ -551,16 +552,31 @@ struct RowPart {
   }
 };
 
-// Sorts list[0 .. n), n a power of two.
-__device__ __forceinline__ void sort_keys(uint64_t* list, int n) {
-  for (int run = 2; run <= n; run *= 2) {
+// As merge_warp, under the largest top from the start.
+__device__ __forceinline__ Sum merge_under_one_top(Sum a, float rate) {
+  const float top = max_warp(a.top);
+  if (top > -INFINITY) a.e *= power_of_two((a.top - top) * rate);  // a NaN stays
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
+    a.e += __shfl_xor_sync(0xffffffffu, a.e, width);
+  return {top, a.e};
+}
+
+// One step of a bitonic sort of list[0 .. n), n a power of two, by `threads`.
+__device__ __forceinline__ void sort_step(uint64_t* list, int n, int run, int gap, int thread,
+                                          int threads) {
+  for (int pair = thread; pair < n / 2; pair += threads) {
+    const int i = 2 * pair - (pair & (gap - 1)), j = i + gap;
+    const bool up = (i & run) == 0;
+    const uint64_t x = list[i], y = list[j];
+    if ((y < x) == up) list[i] = y, list[j] = x;
+  }
+}
+
+__device__ __forceinline__ void sort_by_block(uint64_t* list, int n) {
+  for (int run = 2; run <= n; run *= 2)
     for (int gap = run / 2; gap > 0; gap /= 2) {
-      for (int pair = static_cast<int>(threadIdx.x); pair < n / 2; pair += kStepThreads) {
-        const int i = 2 * pair - (pair & (gap - 1)), j = i + gap;
-        const bool up = (i & run) == 0;
-        const uint64_t x = list[i], y = list[j];
-        if ((y < x) == up) list[i] = y, list[j] = x;
-      }
+      sort_step(list, n, run, gap, static_cast<int>(threadIdx.x), kStepThreads);
       // Up to 32 apart, a warp's 32 pairs are 64 entries that no other warp touches.
       const int next = gap > 1 ? gap / 2 : run;
       if (gap <= kWarp && next <= kWarp)
@@ -568,89 +584,122 @@ __device__ __forceinline__ void sort_keys(uint64_t* list, int n) {
       else
         __syncthreads();
     }
-  }
   __syncthreads();
 }
 
-// Adds a warp's candidates to the room, which holds them.  Every lane is here.
-__device__ __forceinline__ void push(uint64_t* room, uint32_t* count, uint64_t candidate) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const unsigned with = __ballot_sync(0xffffffffu, candidate != kNoCandidate);
-  if (with == 0) return;
-  const int first = __ffs(static_cast<int>(with)) - 1;
-  uint32_t place = 0;
-  if (lane == first) place = atomicAdd(count, static_cast<uint32_t>(__popc(with)));
-  place = __shfl_sync(0xffffffffu, place, first);
-  if (candidate != kNoCandidate) room[place + __popc(with & ((1u << lane) - 1u))] = candidate;
+__device__ __forceinline__ void sort_by_warp(uint64_t* list, int n, int lane) {
+  for (int run = 2; run <= n; run *= 2)
+    for (int gap = run / 2; gap > 0; gap /= 2) {
+      sort_step(list, n, run, gap, lane, kWarp);
+      __syncwarp();
+    }
 }
 
-// Leaves at the room's start, in any order, the candidates that may be among the best
-// `width` of its `count`, and few others; returns their number.  A histogram over the
-// range of their keys tells which those are.  Every thread of the block is here.
-__device__ __forceinline__ int thin_out(uint64_t* room, int count, int width) {
-  constexpr int kSteps = kStepThreads;  // a thread counts one
-  GENREC_SHARED(uint32_t, counts, kSteps);
-  GENREC_SHARED(uint32_t, warp_counts, kWarps);
+// A warp's candidates: a list of `room` in shared memory, and what cannot win any more.
+struct WarpList {
+  uint64_t* list;
+  int room, width;
+  int count = 0;                  // the same in every lane
+  uint64_t floor = kNoCandidate;  // what is not before it cannot win
+
+  // Adds each lane's candidate, if it has one.  Every lane is here.
+  __device__ __forceinline__ void push(uint64_t candidate, int lane) {
+    if (count + kWarp > room) {  // the best of them stay: room is twice the width
+      for (int i = count + lane; i < room; i += kWarp) list[i] = kNoCandidate;
+      __syncwarp();
+      sort_by_warp(list, room, lane);
+      if (count >= width) count = width, floor = list[width - 1];
+      __syncwarp();
+    }
+    const bool has = candidate < floor;
+    const unsigned with = __ballot_sync(0xffffffffu, has);
+    if (has) list[count + __popc(with & ((1u << lane) - 1u))] = candidate;
+    count += __popc(with);
+  }
+};
+
+// Leaves the best of all warps' candidates, of which warp w has counts[w] from room +
+// w * each on, in order at the room's start, and returns how many of them can win.
+// Many are thinned out first: a histogram over the range of their keys tells which may
+// be among the best.  Every thread of the block is here.
+__device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int each, int width) {
+  GENREC_SHARED(uint32_t, steps, kStepThreads);  // a thread counts one step of the range
+  GENREC_SHARED(uint32_t, warp_steps, kWarps);
   GENREC_SHARED(uint32_t, facts, 4);  // the least key, the largest, the last step, how many
-  uint64_t mine[kRoom / kStepThreads];
-  uint32_t least = ~0u, most = 0;
-#pragma unroll
-  for (int j = 0; j < kRoom / kStepThreads; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * kStepThreads;
-    mine[j] = i < count ? room[i] : kNoCandidate;
-    const uint32_t key = static_cast<uint32_t>(mine[j] >> 32);
-    if (i < count) least = key < least ? key : least, most = key > most ? key : most;
-  }
-  least = __reduce_min_sync(0xffffffffu, least);
-  most = __reduce_max_sync(0xffffffffu, most);
-  counts[threadIdx.x] = 0;
-  if (threadIdx.x == 0) facts[0] = ~0u, facts[1] = 0, facts[3] = 0;
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) atomicMin(&facts[0], least), atomicMax(&facts[1], most);
-  __syncthreads();
-  least = facts[0];
-  const uint32_t span = facts[1] - least;
-  const int shift = span < kSteps ? 0 : 24 - __clz(static_cast<int>(span));
-  const auto step_of = [&](uint64_t candidate) {
-    return static_cast<uint32_t>(candidate >> 32) - least >> shift;
-  };
-#pragma unroll
-  for (int j = 0; j < kRoom / kStepThreads; ++j)
-    if (mine[j] != kNoCandidate) atomicAdd(&counts[step_of(mine[j])], 1u);
-  __syncthreads();
+  constexpr int kMine = kMostRoom / kStepThreads;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
-  const uint32_t own = counts[threadIdx.x];
-  uint32_t upto = own;
+  int total = 0;
+  for (int i = 0; i < kWarps; ++i) total += counts[i];
+  uint64_t mine[kMine];
 #pragma unroll
-  for (int by = 1; by < kWarp; by *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, upto, static_cast<unsigned>(by));
-    if (lane >= by) upto += other;
+  for (int j = 0; j < kMine; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kStepThreads;
+    mine[j] = i < kWarps * each && i % each < counts[i / each] ? room[i] : kNoCandidate;
   }
-  if (lane == kWarp - 1) warp_counts[warp] = upto;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) upto += warp_counts[i];
-  const uint32_t wanted = static_cast<uint32_t>(width < count ? width : count);
-  if (upto - own < wanted && wanted <= upto) facts[2] = threadIdx.x;
-  __syncthreads();
+  if (threadIdx.x == 0) facts[0] = ~0u, facts[1] = 0, facts[3] = 0;
+  uint32_t least = 0, last = ~0u;
+  int shift = 0;
+  const auto step_of = [&](uint64_t candidate) {
+    return (static_cast<uint32_t>(candidate >> 32) - least) >> shift;
+  };
+  if (total > 2 * width && total > 2 * kWarp) {
+    uint32_t low = ~0u, high = 0;
 #pragma unroll
-  for (int j = 0; j < kRoom / kStepThreads; ++j)
-    push(room, &facts[3],
-         mine[j] != kNoCandidate && step_of(mine[j]) <= facts[2] ? mine[j] : kNoCandidate);
+    for (int j = 0; j < kMine; ++j) {
+      const uint32_t key = static_cast<uint32_t>(mine[j] >> 32);
+      if (mine[j] != kNoCandidate) low = key < low ? key : low, high = key > high ? key : high;
+    }
+    low = __reduce_min_sync(0xffffffffu, low);
+    high = __reduce_max_sync(0xffffffffu, high);
+    steps[threadIdx.x] = 0;
+    __syncthreads();
+    if (lane == 0) atomicMin(&facts[0], low), atomicMax(&facts[1], high);
+    __syncthreads();
+    least = facts[0];
+    const uint32_t span = facts[1] - least;
+    shift = span < kStepThreads ? 0 : 24 - __clz(static_cast<int>(span));
+#pragma unroll
+    for (int j = 0; j < kMine; ++j)
+      if (mine[j] != kNoCandidate) atomicAdd(&steps[step_of(mine[j])], 1u);
+    __syncthreads();
+    const uint32_t own = steps[threadIdx.x];
+    uint32_t upto = own;
+#pragma unroll
+    for (int by = 1; by < kWarp; by *= 2) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, upto, static_cast<unsigned>(by));
+      if (lane >= by) upto += other;
+    }
+    if (lane == kWarp - 1) warp_steps[warp] = upto;
+    __syncthreads();
+    for (int i = 0; i < warp; ++i) upto += warp_steps[i];
+    const uint32_t wanted = static_cast<uint32_t>(width);
+    if (upto - own < wanted && wanted <= upto) facts[2] = threadIdx.x;
+    __syncthreads();
+    last = facts[2];
+  } else {
+    __syncthreads();  // all candidates are read
+  }
+#pragma unroll
+  for (int j = 0; j < kMine; ++j) {
+    if (j * kStepThreads >= kWarps * each) break;
+    const bool keep = mine[j] != kNoCandidate && (last == ~0u || step_of(mine[j]) <= last);
+    const unsigned with = __ballot_sync(0xffffffffu, keep);
+    if (with == 0) continue;
+    const int first = __ffs(static_cast<int>(with)) - 1;
+    uint32_t place = 0;
+    if (lane == first) place = atomicAdd(&facts[3], static_cast<uint32_t>(__popc(with)));
+    place = __shfl_sync(0xffffffffu, place, first);
+    if (keep) room[place + __popc(with & ((1u << lane) - 1u))] = mine[j];
+  }
   __syncthreads();
-  return static_cast<int>(facts[3]);
-}
-
-// Leaves the best of room[0 .. count) in order at its start, and returns how many of
-// them can win.  Every thread of the block is here.
-__device__ __forceinline__ int keep_best(uint64_t* room, int count, int width) {
-  if (count > 2 * width && count > 2 * kWarp) count = thin_out(room, count, width);
+  const int count = static_cast<int>(facts[3]);
   int n = 1;
   while (n < count) n *= 2;
   for (int i = count + static_cast<int>(threadIdx.x); i < n; i += kStepThreads)
     room[i] = kNoCandidate;
   __syncthreads();
-  sort_keys(room, n);
+  sort_by_block(room, n);
   return count < width ? count : width;
 }
 
@@ -662,33 +711,22 @@ __device__ __forceinline__ int count_before(const uint64_t* list, int n, uint64_
   return at + (list[at] < x ? 1 : 0);
 }
 
-// A beam's child number `offset` as a candidate: its key, then the beam, then the
-// offset, which orders siblings as their nodes do.
-template <class T>
-__device__ __forceinline__ uint64_t candidate_of(const StepArgs& a, const UserFilter& filter,
-                                                 const Beam& own, const T* x, int beam, int shift,
-                                                 int offset) {
-  const int64_t child = static_cast<int64_t>(own.begin) + offset;
-  const int64_t label = a.labels[child];
-  if (label < 0 || label >= a.V) return kNoCandidate;
-  // Adding 0 makes -0 of 0, whose order would differ.
-  const float score = ((load(x + label) - own.top) * a.inv_temperature + own.base) + 0.f;
-  if (!(score > -INFINITY) || !may_enter(filter, child)) return kNoCandidate;
-  const uint32_t place = static_cast<uint32_t>(beam) << shift | static_cast<uint32_t>(offset);
-  return static_cast<uint64_t>(falling_key(score)) << 32 | place;
-}
+// How a block's shared memory is laid out, and the bits of a candidate's place.
+struct ChildrenPlan {
+  int shift;  // a place is the beam's number, then the child's within its run in `shift` bits
+  int room;   // candidates a warp holds
+};
 
-// Shared memory, 27 KB: the block's beams, the first numbers of their children, the
-// room, and the list that other blocks read.
+// Dynamic shared memory: the warps' rooms, then every block's list of a user.
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 3) best_children(StepArgs a, Plan plan, int shift) {
+__global__ void __launch_bounds__(kStepThreads, 3)
+    best_children(StepArgs a, Plan plan, ChildrenPlan how) {
   GENREC_SHARED(Beam, beams, kMostBeams);
-  GENREC_SHARED(int64_t, upto, kMostBeams);
-  GENREC_SHARED(uint64_t, room, kRoom);
-  GENREC_SHARED(uint64_t, best, kMostWidth);
   GENREC_SHARED(Sum, sums, kWarps);
-  GENREC_SHARED(uint32_t, held, 1);
-  GENREC_SHARED(uint32_t, children, 1);
+  GENREC_SHARED(int, counts, kWarps);
+  GENREC_DYNAMIC_SHARED(uint64_t, room);
+  constexpr int kAtOnce = 4;  // children of a thread whose labels are on their way
+  uint64_t* lists = room + kWarps * how.room;
   const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int64_t user = blockIdx.x / plan.cluster;
   const Team t = team_of(plan, rank);
@@ -699,154 +737,136 @@ __global__ void __launch_bounds__(kStepThreads, 3) best_children(StepArgs a, Pla
   const bool whole = a.softmax == Softmax::vocab;
   const int begin = whole ? 0 : static_cast<int>(a.level_begin);
   const int end = whole ? static_cast<int>(a.V) : static_cast<int>(a.level_end);
-  const auto row_at = [&](int i) {  // the logits of this block's beam number i
-    return row_of<T>(a, user * a.W + rank + static_cast<int64_t>(i) * plan.cluster);
+  const auto row_number = [&](int i) {  // of this block's beam number i
+    return user * a.W + rank + static_cast<int64_t>(i) * plan.cluster;
+  };
+  const auto first_of_row = [&](int i) {
+    typename RowPart<T>::Batch batch{};
+    if (a.softmax != Softmax::children && i < mine)
+      batch = RowPart<T>(row_of<T>(a, row_number(i)), begin, end).load_batch(t.thread, t.threads);
+    return batch;
   };
 
   // The first row is on its way while the beams' children are looked up.
-  typename RowPart<T>::Batch first{};
-  if (a.softmax != Softmax::children && t.index < mine)
-    first = RowPart<T>(row_at(t.index), begin, end).load_batch(t.thread, t.threads);
+  typename RowPart<T>::Batch first = first_of_row(t.index);
   const UserFilter filter = filter_of(a.filter, user);
-  if (threadIdx.x == 0) held[0] = 0, children[0] = 0;
-  __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < mine; i += kStepThreads) {
-    const int64_t row = user * a.W + rank + static_cast<int64_t>(i) * plan.cluster;
+    const int64_t row = row_number(i);
     const Children c = children_of(a, row);
     // No trie has more children than columns: more than that is no run of labels.
     const int64_t n = c.end - c.begin;
-    const int count = static_cast<int>(n < 0 ? 0 : n < a.V ? n : a.V);
-    beams[i] = {static_cast<int32_t>(c.begin), count, a.scores[row], -INFINITY, -INFINITY};
-    atomicAdd(&children[0], static_cast<uint32_t>(count < kRoom ? count : kRoom + 1));
+    beams[i] = {static_cast<int32_t>(c.begin),
+                static_cast<int>(n < 0     ? 0
+                                 : n < a.V ? n
+                                           : a.V),
+                a.scores[row]};
   }
-  __syncthreads();
-  // Where all children fit, a warp adds those of its beam as soon as it knows its sum.
-  const bool fits = children[0] <= kRoom;
+  if (plan.cluster > 1)
+    cluster_sync();  // the peers are there to be written to
+  else
+    __syncthreads();
 
+  WarpList candidates{room + warp * how.room, how.room, width};
   const int rounds = (mine + t.teams - 1) / t.teams;
   for (int round = 0; round < rounds; ++round) {
     const int i = t.index + round * t.teams;
-    const bool live = i < mine && beams[i].count > 0;
+    const Beam own = i < mine ? beams[i] : Beam{0, 0, 0};
+    // The first children's labels are on their way while the row is read.
+    int32_t labels[kAtOnce];
+    const auto fetch_labels = [&](int at) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int offset = at + j * t.threads + t.thread;
+        labels[j] = offset < own.count ? a.labels[int64_t{own.begin} + offset] : -1;
+      }
+    };
+    fetch_labels(0);
     Sum sum{-INFINITY, 0};
-    if (live && a.softmax == Softmax::children) {
-      sum = sum_part<T>(a, filter, {beams[i].begin, beams[i].begin + int64_t{beams[i].count}},
-                        user * a.W + rank + static_cast<int64_t>(i) * plan.cluster, t);
-    } else if (live) {
-      const RowPart<T> row(row_at(i), begin, end);
-      sum = row.sum(round == 0 ? first : row.load_batch(t.thread, t.threads), t.thread, t.threads,
-                    rate);
-    }
-    sum = merge_warp(sum, rate);
+    if (own.count > 0 && a.softmax == Softmax::children)
+      sum = sum_part<T>(a, filter, {own.begin, own.begin + int64_t{own.count}}, row_number(i), t);
+    else if (own.count > 0)
+      sum =
+          RowPart<T>(row_of<T>(a, row_number(i)), begin, end).sum(first, t.thread, t.threads, rate);
+    first = first_of_row(i + t.teams);  // the next row is, while children are looked at
+    sum = merge_under_one_top(sum, rate);
     if (plan.warps > 1) {
       if (lane == 0) sums[warp] = sum;
       __syncthreads();
       sum = sums[t.index * plan.warps];
       for (int other = 1; other < plan.warps; ++other)
         sum = merge(sum, sums[t.index * plan.warps + other], rate);
+      __syncthreads();  // before the next round writes
     }
-    if (live) {
-      Beam own{beams[i].begin, beams[i].count, beams[i].score, -INFINITY, -INFINITY};
-      // The log of the sum is not a number where a logit is NaN or +inf, or none above -inf.
-      if (sum.top > -INFINITY && sum.top < INFINITY && sum.e == sum.e) {
-        const float base = own.score - logf(sum.e);
-        own.top = sum.top, own.base = base == base ? base : -INFINITY;
-      }
-      if (!fits && t.thread == 0) beams[i].top = own.top, beams[i].base = own.base;
-      if (fits && own.base > -INFINITY) {
-        const T* x = row_at(i);
-        for (int at = 0; at < own.count; at += t.threads) {
-          const int offset = at + t.thread;
-          push(room, held,
-               offset < own.count
-                   ? candidate_of<T>(a, filter, own, x, rank + i * plan.cluster, shift, offset)
-                   : kNoCandidate);
-        }
+    // The log of the sum is not a number where a logit is NaN or +inf, or none above -inf.
+    float base = -INFINITY;
+    if (own.count > 0 && sum.top > -INFINITY && sum.top < INFINITY && sum.e == sum.e)
+      base = own.score - logf(sum.e);
+    if (!(base > -INFINITY)) continue;
+    const T* x = row_of<T>(a, row_number(i));
+    const uint32_t place = static_cast<uint32_t>(rank + i * plan.cluster) << how.shift;
+    for (int at = 0; at < own.count; at += kAtOnce * t.threads) {
+      float logits[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        logits[j] = labels[j] >= 0 && labels[j] < a.V ? load(x + labels[j]) : -INFINITY;
+      fetch_labels(at + kAtOnce * t.threads);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (at + j * t.threads >= own.count) break;
+        const int offset = at + j * t.threads + t.thread;
+        // Adding 0 makes -0 of 0, whose order would differ.
+        const float score = ((logits[j] - sum.top) * a.inv_temperature + base) + 0.f;
+        uint64_t candidate = kNoCandidate;
+        if (score > -INFINITY && may_enter(filter, int64_t{own.begin} + offset))
+          candidate = static_cast<uint64_t>(falling_key(score)) << 32 |
+                      (place | static_cast<uint32_t>(offset));
+        candidates.push(candidate, lane);
       }
     }
-    if (plan.warps > 1) __syncthreads();  // whoever still reads what the next round writes
   }
+  if (lane == 0) counts[warp] = candidates.count;
   __syncthreads();
 
-  if (!fits) {
-    // Children in one sequence over all beams, so that no beam of many keeps the rest
-    // waiting; a beam without a score has none.
-    int64_t count = 0;
-    if (threadIdx.x < mine && beams[threadIdx.x].base > -INFINITY) count = beams[threadIdx.x].count;
-    upto[threadIdx.x] = count;
-    __syncthreads();
-    for (int by = 1; by < kMostBeams; by *= 2) {
-      const int64_t before = threadIdx.x >= by ? upto[threadIdx.x - by] : 0;
-      __syncthreads();
-      upto[threadIdx.x] += before;
-      __syncthreads();
-    }
-    const int64_t total = upto[kMostBeams - 1];
-    uint64_t floor = kNoCandidate;  // what is not before it cannot win
-    for (int64_t from = 0; from < total; from += kAdded) {
-#pragma unroll
-      for (int j = 0; j < kAdded / kStepThreads; ++j) {
-        const int64_t at = from + j * kStepThreads + threadIdx.x;
-        uint64_t candidate = kNoCandidate;
-        if (at < total) {
-          int i = 0;  // the first beam whose children end after it
-          for (int step = kMostBeams / 2; step > 0; step /= 2)
-            if (upto[i + step - 1] <= at) i += step;
-          candidate = candidate_of<T>(a, filter, beams[i], row_at(i), rank + i * plan.cluster,
-                                      shift, static_cast<int>(at - (i > 0 ? upto[i - 1] : 0)));
-        }
-        push(room, held, candidate < floor ? candidate : kNoCandidate);
-      }
-      __syncthreads();
-      const int now = static_cast<int>(held[0]);
-      __syncthreads();  // before the next ones are added
-      if (now <= kRoom - kAdded) continue;
-      const int kept = keep_best(room, now, width);
-      if (kept == width) floor = room[width - 1];
-      if (threadIdx.x == 0) held[0] = static_cast<uint32_t>(kept);
-      __syncthreads();
-    }
+  // The block's best go to every block of the user, each of which then finds the rank of
+  // its own: how many of all come before it.
+  const int count = keep_best(room, counts, how.room, width);
+  const int list = static_cast<int>(plan.list), i = static_cast<int>(threadIdx.x);
+  const uint64_t own = i < count ? room[i] : kNoCandidate;
+  const int beam = static_cast<int>(static_cast<uint32_t>(own) >> how.shift);
+  int64_t node = -1, token = -1;
+  if (own != kNoCandidate) {
+    node = int64_t{beams[(beam - rank) / plan.cluster].begin} +
+           (static_cast<uint32_t>(own) & ((1u << how.shift) - 1u));
+    token = a.labels[node];
   }
-
-  int count = keep_best(room, static_cast<int>(held[0]), width);
-  const int list = static_cast<int>(plan.list);
-  for (int i = static_cast<int>(threadIdx.x); i < list; i += kStepThreads)
-    best[i] = i < count ? room[i] : kNoCandidate;
-  if (plan.cluster > 1) {
+  if (i < list)
+    for (int peer = 0; peer < plan.cluster; ++peer)
+      (plan.cluster > 1 ? cluster_peer(lists, static_cast<unsigned>(peer))
+                        : lists)[rank * list + i] = own;
+  if (plan.cluster > 1)
     cluster_sync();
-    for (int i = static_cast<int>(threadIdx.x); i < plan.cluster * list; i += kStepThreads)
-      room[i] = cluster_peer(best, static_cast<unsigned>(i / list))[i % list];
-    cluster_sync();  // nobody leaves while its list is read
-  } else {
+  else
     __syncthreads();
-  }
-
-  // An own candidate's rank is how many of all come before it.
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kStepThreads) {
-    const uint64_t own = best[i];
-    int place = i;
+  if (own != kNoCandidate) {
+    int better = i;
     for (int other = 0; other < plan.cluster; ++other)
-      if (other != rank) place += count_before(room + other * list, list, own);
-    if (place >= width) continue;
-    const uint32_t where = static_cast<uint32_t>(own);
-    const int beam = static_cast<int>(where >> shift);
-    const int64_t node = static_cast<int64_t>(beams[(beam - rank) / plan.cluster].begin) +
-                         (where & ((1u << shift) - 1u));
-    const int64_t o = user * a.width + place;
-    a.out_scores[o] = of_falling_key(static_cast<uint32_t>(own >> 32));
-    a.out_parent[o] = beam;
-    a.out_token[o] = a.labels[node];
-    a.out_node[o] = node;
+      if (other != rank) better += count_before(lists + other * list, list, own);
+    if (better < width) {
+      const int64_t o = user * a.width + better;
+      a.out_scores[o] = of_falling_key(static_cast<uint32_t>(own >> 32));
+      a.out_parent[o] = beam;
+      a.out_token[o] = token;
+      a.out_node[o] = node;
+    }
   }
   if (rank != 0) return;
-  if (plan.cluster > 1) {
-    count = 0;
-    for (int other = 0; other < plan.cluster; ++other)
-      count += count_before(room + other * list, list, kNoCandidate);
-  }
-  for (int i = count + static_cast<int>(threadIdx.x); i < width; i += kStepThreads) {
-    const int64_t o = user * a.width + i;
-    a.out_scores[o] = -INFINITY;
-    a.out_parent[o] = a.out_token[o] = a.out_node[o] = -1;
+  int found = 0;
+  for (int other = 0; other < plan.cluster; ++other)
+    found += count_before(lists + other * list, list, kNoCandidate);
+  for (int o = found + i; o < width; o += kStepThreads) {
+    a.out_scores[user * a.width + o] = -INFINITY;
+    a.out_parent[user * a.width + o] = a.out_token[user * a.width + o] = -1;
+    a.out_node[user * a.width + o] = -1;
   }
 }
 
@@ -894,9 +914,9 @@ Plan plan_of(const StepArgs& a, Kernel kernel) {
 }
 
 template <class Kernel, class... Arguments>
-int launch_users(const StepArgs& a, const Plan& plan, void* stream, Kernel kernel,
+int launch_users(const StepArgs& a, const Plan& plan, size_t shared, void* stream, Kernel kernel,
                  Arguments... more) {
-  Launch how{a.U * plan.cluster, kStepThreads};
+  Launch how{a.U * plan.cluster, kStepThreads, shared};
   how.cluster = plan.cluster;
   how.stream = stream;
   return launch(kernel, how, a, plan, more...);
@@ -905,12 +925,18 @@ int launch_users(const StepArgs& a, const Plan& plan, void* stream, Kernel kerne
 template <class T, bool kSampling>
 int launch_step(const StepArgs& a, void* stream) {
   if constexpr (!kSampling)
-    if (const int shift = child_bits(a); shift >= 0)
-      return launch_users(a, plan_of(a, best_children<T>), stream, best_children<T>, shift);
+    if (const int shift = child_bits(a); shift >= 0) {
+      const Plan plan = plan_of(a, best_children<T>);
+      const int twice = 2 * static_cast<int>(plan.list);
+      const ChildrenPlan how{shift, twice > kWarpRoom ? twice : kWarpRoom};
+      const size_t shared =
+          static_cast<size_t>(kWarps * how.room + plan.cluster * plan.list) * sizeof(uint64_t);
+      return launch_users(a, plan, shared, stream, best_children<T>, how);
+    }
   Plan plan = plan_of(a, step_users<T, kSampling>);
   plan.states = static_cast<BeamState*>(a.workspace);
   plan.winners = reinterpret_cast<Winner*>(static_cast<char*>(a.workspace) + states_bytes(a));
-  return launch_users(a, plan, stream, step_users<T, kSampling>);
+  return launch_users(a, plan, 0, stream, step_users<T, kSampling>);
 }
 
 template <class T>
