@@ -154,6 +154,7 @@ PLANTED = {
     # Launches.
     "dynamic_over_the_limit": everywhere("307200 bytes of dynamic .* this device has 232448"),
     "dynamic_without_attribute": everywhere("102400 bytes of dynamic .* is allowed 49152"),
+    "static_beside_dynamic": everywhere("shared memory of 53248 .* is allowed 48 KiB"),
     "static_too_large": everywhere("static shared memory of 56000 bytes with s at planted.cu"),
     "cluster_not_dividing": everywhere("a grid of 6 blocks is no multiple of its clusters' 4"),
     "cluster_too_large": everywhere("a launch of clusters of 16 blocks"),

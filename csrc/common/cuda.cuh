@@ -34,8 +34,9 @@ struct Launch {
   void* stream = nullptr;
 };
 
-// What a launch may ask for without saying so to the kernel first.
-inline constexpr size_t kPlainShared = 48 << 10;
+// What a block may have, static arrays included, without saying so to the kernel first;
+// and how much of it a launch asks for without looking at the static ones.
+inline constexpr size_t kPlainShared = 48 << 10, kSurelyPlain = 8 << 10;
 
 // A launch as a function call, which formatters and simulators understand; none
 // for an empty grid.  Returns a cudaError_t.
@@ -45,7 +46,7 @@ int launch(void (*kernel)(Parameters...), const Launch& how, Arguments... argume
   if (how.blocks < 0 || how.blocks > INT32_MAX || how.threads < 1 || how.cluster < 1)
     return static_cast<int>(cudaErrorInvalidConfiguration);
   cudaError_t code = cudaSuccess;
-  if (how.shared > kPlainShared)
+  if (how.shared > kSurelyPlain)
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(how.shared));
   if (code == cudaSuccess) {

@@ -266,6 +266,7 @@ Fiber* current = nullptr;
 Body launch_body = nullptr;
 void* launch_arguments = nullptr;
 size_t launch_dynamic = 0;
+bool launch_raised = false;  // the kernel was told of more than 48 KiB
 bool failed = false;
 bool random_order = false, reverse_order = false;
 int64_t atomics_in_a_row = 0;
@@ -605,6 +606,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, Body body,
   launch_body = body;
   launch_arguments = arguments;
   launch_dynamic = config.dynamicSmemBytes;
+  launch_raised = raised != dynamic_limits.end();
   scheduler_tsan = tsan::current();
   failed = false;
   atomics_in_a_row = 0;
@@ -690,6 +692,9 @@ void* static_shared(const void* key, const char* name, size_t bytes, size_t alig
     if (b.static_bytes > kPlainShared)
       fail(std::string("static shared memory of ") + std::to_string(b.static_bytes) +
            " bytes with " + name + " at " + text(here) + "; 48 KiB are possible");
+    if (!launch_raised && b.static_bytes + launch_dynamic > kPlainShared)
+      fail("shared memory of " + std::to_string(b.static_bytes + launch_dynamic) + " bytes with " +
+           name + " at " + text(here) + ", where the kernel is allowed 48 KiB");
     if (b.static_bytes + launch_dynamic > limit)
       fail(std::string("shared memory of ") + std::to_string(b.static_bytes + launch_dynamic) +
            " bytes with " + name + " at " + text(here) + "; this device has " +

@@ -398,6 +398,24 @@ int run_without_attribute() {
   return cudaLaunchKernelEx(&config, fill_dynamic, out.get());
 }
 
+// Static and dynamic memory that fit the plain limit by themselves only.
+__global__ void static_beside_dynamic(float* out) {
+  GENREC_DYNAMIC_SHARED(float, moved);
+  GENREC_SHARED(float, s, 8192);
+  s[threadIdx.x] = 1;
+  moved[threadIdx.x] = s[threadIdx.x];
+  out[threadIdx.x] = moved[threadIdx.x];
+}
+
+int run_static_beside_dynamic() {
+  auto out = array<float>(64);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(64);
+  config.dynamicSmemBytes = 20 << 10;
+  return cudaLaunchKernelEx(&config, static_beside_dynamic, out.get());
+}
+
 __global__ void dynamic_peer(float* out) {
   GENREC_DYNAMIC_SHARED(float, s);
   const unsigned t = threadIdx.x;
@@ -601,6 +619,7 @@ const Case cases[] = {
     {"dynamic_too_small", run_dynamic<64 * 400 * 4 - 4>},
     {"dynamic_over_the_limit", run_dynamic<300 << 10>},
     {"dynamic_without_attribute", run_without_attribute},
+    {"static_beside_dynamic", run_static_beside_dynamic},
     {"static_too_large", run_simple<static_too_large>},
     {"shift_too_far", run_shift<32>},
     {"shift_negative", run_shift<-1>},

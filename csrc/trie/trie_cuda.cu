@@ -46,8 +46,8 @@ struct Winner {
 };
 
 struct Plan {
-  int cluster = 1;              // blocks a user
-  int warps = 1;                // warps a beam
+  int cluster = 1;              // blocks a user, a power of two
+  int warps = 1;                // warps a beam, a power of two
   int64_t list = 0;             // winners a user has room for: a power of two
   BeamState* states = nullptr;  // [U, W]
   Winner* winners = nullptr;    // [U, list]
@@ -93,12 +93,15 @@ struct Team {
   int64_t first, step;  // its beams: first, first + step, ...
 };
 
+// Of a power of two.
+__device__ __forceinline__ int log2_of(int power) { return __ffs(power) - 1; }
+
 __device__ __forceinline__ Team team_of(const Plan& plan, int rank) {
-  const int warp = threadIdx.x / kWarp, threads = plan.warps * kWarp;
-  const int index = warp / plan.warps, teams = kWarps / plan.warps;
+  const int bits = log2_of(plan.warps), warp = threadIdx.x / kWarp, threads = kWarp << bits;
+  const int index = warp >> bits, teams = kWarps >> bits;
   return {index,
           teams,
-          static_cast<int>(threadIdx.x) % threads,
+          static_cast<int>(threadIdx.x) & (threads - 1),
           threads,
           rank + static_cast<int64_t>(index) * plan.cluster,
           static_cast<int64_t>(teams) * plan.cluster};
@@ -479,8 +482,8 @@ __global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
 // ---- beam search in shared memory ----
 
 constexpr int kMostBeams = kStepThreads, kMostWidth = 256;
-// Least number of candidates that a warp holds at a time.
-constexpr int kWarpRoom = 256;
+// A warp holds at least 1 << kWarpRoomBits candidates at a time.
+constexpr int kWarpRoomBits = 8;
 constexpr int kMostRoom = kWarps * 2 * kMostWidth;
 constexpr uint64_t kNoCandidate = ~uint64_t{0};
 
@@ -619,10 +622,10 @@ struct WarpList {
 };
 
 // Leaves the best of all warps' candidates, of which warp w has counts[w] from room +
-// w * each on, in order at the room's start, and returns how many of them can win.
+// (w << bits) on, in order at the room's start, and returns how many of them can win.
 // Many are thinned out first: a histogram over the range of their keys tells which may
 // be among the best.  Every thread of the block is here.
-__device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int each, int width) {
+__device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int bits, int width) {
   GENREC_SHARED(uint32_t, steps, kStepThreads);  // a thread counts one step of the range
   GENREC_SHARED(uint32_t, warp_steps, kWarps);
   GENREC_SHARED(uint32_t, facts, 4);  // the least key, the largest, the last step, how many
@@ -635,7 +638,8 @@ __device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int 
 #pragma unroll
   for (int j = 0; j < kMine; ++j) {
     const int i = static_cast<int>(threadIdx.x) + j * kStepThreads;
-    mine[j] = i < kWarps * each && i % each < counts[i / each] ? room[i] : kNoCandidate;
+    const bool held = i < kWarps << bits && (i & ((1 << bits) - 1)) < counts[i >> bits];
+    mine[j] = held ? room[i] : kNoCandidate;
   }
   if (threadIdx.x == 0) facts[0] = ~0u, facts[1] = 0, facts[3] = 0;
   uint32_t least = 0, last = ~0u;
@@ -682,7 +686,7 @@ __device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int 
   }
 #pragma unroll
   for (int j = 0; j < kMine; ++j) {
-    if (j * kStepThreads >= kWarps * each) break;
+    if (j * kStepThreads >= kWarps << bits) break;
     const bool keep = mine[j] != kNoCandidate && (last == ~0u || step_of(mine[j]) <= last);
     const unsigned with = __ballot_sync(0xffffffffu, keep);
     if (with == 0) continue;
@@ -703,18 +707,29 @@ __device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int 
   return count < width ? count : width;
 }
 
-// How many of list[0 .. n), ascending, come before x.  n is a power of two.
-__device__ __forceinline__ int count_before(const uint64_t* list, int n, uint64_t x) {
-  int at = 0;
-  for (int step = n / 2; step > 0; step /= 2)
-    if (list[at + step - 1] < x) at += step;
-  return at + (list[at] < x ? 1 : 0);
+constexpr int kLargestCluster = 8;  // what every device with clusters grants
+
+// How many of the lists [cluster, n], each ascending, come before x, but for list `but`.
+// n is a power of two.  All lists are searched at once.
+__device__ __forceinline__ int count_before(const uint64_t* lists, int cluster, int n, int but,
+                                            uint64_t x) {
+  int at[kLargestCluster] = {};
+  for (int step = n / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kLargestCluster; ++i)
+      if (i < cluster && lists[i * n + at[i] + step - 1] < x) at[i] += step;
+  }
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kLargestCluster; ++i)
+    if (i < cluster && i != but) count += at[i] + (lists[i * n + at[i]] < x ? 1 : 0);
+  return count;
 }
 
 // How a block's shared memory is laid out, and the bits of a candidate's place.
 struct ChildrenPlan {
   int shift;  // a place is the beam's number, then the child's within its run in `shift` bits
-  int room;   // candidates a warp holds
+  int room;   // candidates a warp holds are 1 << room
 };
 
 // Dynamic shared memory: the warps' rooms, then every block's list of a user.
@@ -724,15 +739,17 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   GENREC_SHARED(Beam, beams, kMostBeams);
   GENREC_SHARED(Sum, sums, kWarps);
   GENREC_SHARED(int, counts, kWarps);
+  GENREC_SHARED(int, list_counts, kLargestCluster);
   GENREC_DYNAMIC_SHARED(uint64_t, room);
   constexpr int kAtOnce = 4;  // children of a thread whose labels are on their way
-  uint64_t* lists = room + kWarps * how.room;
+  uint64_t* lists = room + (kWarps << how.room);
   const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int64_t user = blockIdx.x / plan.cluster;
+  const int cluster_bits = log2_of(plan.cluster);
+  const int64_t user = blockIdx.x >> cluster_bits;
   const Team t = team_of(plan, rank);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int W = static_cast<int>(a.W), width = static_cast<int>(a.width);
-  const int mine = rank < W ? (W - rank + plan.cluster - 1) / plan.cluster : 0;
+  const int mine = (W - rank + plan.cluster - 1) >> cluster_bits;  // W is at least `cluster`
   const float rate = a.inv_temperature * static_cast<float>(kLog2e);
   const bool whole = a.softmax == Softmax::vocab;
   const int begin = whole ? 0 : static_cast<int>(a.level_begin);
@@ -766,7 +783,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   else
     __syncthreads();
 
-  WarpList candidates{room + warp * how.room, how.room, width};
+  WarpList candidates{room + (warp << how.room), 1 << how.room, width};
   const int rounds = (mine + t.teams - 1) / t.teams;
   for (int round = 0; round < rounds; ++round) {
     const int i = t.index + round * t.teams;
@@ -835,22 +852,21 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   const int beam = static_cast<int>(static_cast<uint32_t>(own) >> how.shift);
   int64_t node = -1, token = -1;
   if (own != kNoCandidate) {
-    node = int64_t{beams[(beam - rank) / plan.cluster].begin} +
+    node = int64_t{beams[(beam - rank) >> cluster_bits].begin} +
            (static_cast<uint32_t>(own) & ((1u << how.shift) - 1u));
     token = a.labels[node];
   }
-  if (i < list)
-    for (int peer = 0; peer < plan.cluster; ++peer)
-      (plan.cluster > 1 ? cluster_peer(lists, static_cast<unsigned>(peer))
-                        : lists)[rank * list + i] = own;
+  for (int peer = 0; peer < plan.cluster; ++peer) {
+    const unsigned p = static_cast<unsigned>(peer);
+    if (i < list) (plan.cluster > 1 ? cluster_peer(lists, p) : lists)[rank * list + i] = own;
+    if (i == 0) (plan.cluster > 1 ? cluster_peer(list_counts, p) : list_counts)[rank] = count;
+  }
   if (plan.cluster > 1)
     cluster_sync();
   else
     __syncthreads();
   if (own != kNoCandidate) {
-    int better = i;
-    for (int other = 0; other < plan.cluster; ++other)
-      if (other != rank) better += count_before(lists + other * list, list, own);
+    const int better = i + count_before(lists, plan.cluster, list, rank, own);
     if (better < width) {
       const int64_t o = user * a.width + better;
       a.out_scores[o] = of_falling_key(static_cast<uint32_t>(own >> 32));
@@ -861,8 +877,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   }
   if (rank != 0) return;
   int found = 0;
-  for (int other = 0; other < plan.cluster; ++other)
-    found += count_before(lists + other * list, list, kNoCandidate);
+  for (int other = 0; other < plan.cluster; ++other) found += list_counts[other];
   for (int o = found + i; o < width; o += kStepThreads) {
     a.out_scores[user * a.width + o] = -INFINITY;
     a.out_parent[user * a.width + o] = a.out_token[user * a.width + o] = -1;
@@ -905,7 +920,7 @@ Plan plan_of(const StepArgs& a, Kernel kernel) {
   plan.list = power_of_two_from(a.width);
   const DeviceLimits limits = device_limits();
   if (limits.capability >= 90 && knows_clusters(kernel))
-    while (plan.cluster < 8 && 2 * plan.cluster <= a.W &&
+    while (plan.cluster < kLargestCluster && 2 * plan.cluster <= a.W &&
            2 * plan.cluster * a.U <= 2 * limits.multiprocessors)
       plan.cluster *= 2;
   const int64_t beams = (a.W + plan.cluster - 1) / plan.cluster;
@@ -927,10 +942,10 @@ int launch_step(const StepArgs& a, void* stream) {
   if constexpr (!kSampling)
     if (const int shift = child_bits(a); shift >= 0) {
       const Plan plan = plan_of(a, best_children<T>);
-      const int twice = 2 * static_cast<int>(plan.list);
-      const ChildrenPlan how{shift, twice > kWarpRoom ? twice : kWarpRoom};
+      ChildrenPlan how{shift, kWarpRoomBits};
+      while ((1 << how.room) < 2 * plan.list) ++how.room;
       const size_t shared =
-          static_cast<size_t>(kWarps * how.room + plan.cluster * plan.list) * sizeof(uint64_t);
+          static_cast<size_t>((kWarps << how.room) + plan.cluster * plan.list) * sizeof(uint64_t);
       return launch_users(a, plan, shared, stream, best_children<T>, how);
     }
   Plan plan = plan_of(a, step_users<T, kSampling>);
