@@ -34,7 +34,7 @@ REGISTERS = {
     "choices": 40,
     "pairwise": 80,
     "finish_pairs": 48,
-    "grad_rows": 44,
+    "grad_rows": 80,  # of short rows; 40 of long ones
     "score_sequences": 80,
     "score_logps": 80,
     "scale_rows": 42,

@@ -222,14 +222,21 @@ struct RowSlopes {
   int64_t stride, norm_stride, slope_stride;
 };
 
-// A block a part of a row's V columns.  Six blocks a processor hide the memory's
-// latency; doubles need more registers, and are for gradcheck.
-template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 6)
+// Rows of V columns in `parts` each, of kTeam threads: a warp a short row, since more of
+// its columns are then on their way to each thread.  Six blocks a processor hide the
+// memory's latency, three where a row is not the block's; doubles need more registers,
+// and are for gradcheck.
+template <class T, int kTeam>
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2
+                                            : kTeam == kThreads   ? 6
+                                                                  : 3)
     grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad, int64_t grad_n, int64_t grad_t,
               int parts) {
   using S = acc_t<T>;
-  const int64_t r = blockIdx.x / parts;
+  int64_t unit = blockIdx.x;
+  if constexpr (kTeam != kThreads) unit = unit * (kThreads / kTeam) + threadIdx.x / kTeam;
+  const int64_t r = unit / parts;
+  if (r >= in.N * in.T) return;
   const RowColumns c = columns_of(in, r);
   const Normalizer<S> z{row.top[r * row.norm_stride], row.log_sum[r * row.norm_stride],
                         row.entropy[r * row.stride]};
@@ -238,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 6)
   write_grad<T>(c, {row_of<T>(in, r) + c.first, false}, slope, slope.a == S(0) ? -1 : in.tokens[r],
                 static_cast<S>(in.inv_temperature),
                 grad + (r / in.T) * grad_n + (r % in.T) * grad_t,
-                share_of(in.V, blockIdx.x % parts, parts), static_cast<int>(threadIdx.x), kThreads);
+                share_of(in.V, unit % parts, parts), static_cast<int>(threadIdx.x) % kTeam, kTeam);
 }
 
 // ---- sequences ----
@@ -462,10 +469,22 @@ __global__ void __launch_bounds__(kThreads, 1) advantages(AdvantagesArgs a) {
 
 // ---- launches ----
 
-// Into how many parts a row's gradient is cut: some columns a thread.
+// Into how many parts a long run of columns is cut: some columns a thread.
 int parts_of_grad(int64_t columns) {
   constexpr int64_t kColumns = kThreads * 16;
   return static_cast<int>(bounded(blocks_for(columns, kColumns), 1, 1 << 16));
+}
+
+template <class T>
+int launch_grad(const Scores& in, const RowSlopes<acc_t<T>>& row, T* grad, int64_t grad_n,
+                int64_t grad_t, void* stream) {
+  const int parts = parts_of_grad(in.V);
+  const int64_t units = in.N * in.T * parts;
+  if (in.V <= kWarpRow)
+    return launch(grad_rows<T, kWarp>, on(blocks_for(units, kThreads / kWarp), kThreads, stream),
+                  in, row, grad, grad_n, grad_t, parts);
+  return launch(grad_rows<T, kThreads>, on(units, kThreads, stream), in, row, grad, grad_n, grad_t,
+                parts);
 }
 
 // The states of all rows.
@@ -509,9 +528,8 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
                            1,
                            2,
                            1};
-    const int parts = parts_of_grad(a.in.V);
-    return launch(grad_rows<T>, on(a.in.N * a.in.T * parts, kThreads, stream), a.in, row,
-                  static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V, parts);
+    return launch_grad<T>(a.in, row, static_cast<T*>(a.grad_logits), a.in.T * a.in.V, a.in.V,
+                          stream);
   });
 }
 
@@ -564,9 +582,7 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     code = launch(score_sequences<S>, on(blocks_for(a.in.N, kWarp), kWarp, stream), a.sequence, w);
     if (code != cudaSuccess || grad == nullptr) return code;
     const RowSlopes<S> row{w, w + 1, w + 2, w + 4, nullptr, kWorkspace, kWorkspace, kWorkspace};
-    const int grad_parts = parts_of_grad(a.in.V);
-    return launch(grad_rows<T>, on(a.in.N * a.in.T * grad_parts, kThreads, stream), a.in, row, grad,
-                  a.grad_stride_n, a.grad_stride_t, grad_parts);
+    return launch_grad<T>(a.in, row, grad, a.grad_stride_n, a.grad_stride_t, stream);
   });
 }
 
