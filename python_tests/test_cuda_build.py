@@ -56,7 +56,7 @@ STATIC_SHARED = {
     "best_children": 27 << 10,
     "step_users": 25 << 10,
     "short_rows": 9 << 10,
-    "finish_rows": 24 << 10,
+    "finish_rows": 32 << 10,
     "quantize_rows": 35 << 10,
     "set_potentials": 12 << 10,
 }

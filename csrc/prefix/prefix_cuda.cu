@@ -576,6 +576,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
   GENREC_SHARED(double, parts, kFinishThreads);
   GENREC_SHARED(double, sums, kFinishThreads);
   GENREC_SHARED(double, factors, kFinishThreads);
+  GENREC_SHARED(double, shares, kFinishThreads);
   const S* logps = static_cast<const S*>(a.logps);
   const S choices = a.choices != nullptr ? *static_cast<const S*>(a.choices) : S(1);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -590,8 +591,15 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
       for (int64_t n = user; n < a.N; n += users) mine += logps[n * a.T + from + level];
     __syncthreads();  // whoever still reads those before
     parts[thread] = mine;
-    if (thread < levels) factors[thread] = a.factors.of_token<S>(from + thread);
+    // Each prefix's share by a thread of its own, as far as there are so many.
+    const bool shared = a.factors.P <= kFinishThreads;
+    if (shared && thread < a.factors.P) shares[thread] = a.factors.share<S>(thread);
     __syncthreads();
+    if (thread < levels) {
+      double factor = a.factors.per_token;
+      for (int64_t u = from + thread; shared && u < a.factors.P; ++u) factor += shares[u];
+      factors[thread] = shared ? factor : a.factors.of_token<S>(from + thread);
+    }
     for (int t = warp; t < levels; t += kFinishThreads / kWarp) {
       double sum = 0;
       for (int i = lane; i < users; i += kWarp) sum += parts[i * levels + t];
