@@ -45,7 +45,7 @@ say() { echo "$@" | tee -a "$LOGS/summary.txt"; }
 hand_out() {
   local kind=cuda table
   [ "$DEVICE" = cpu ] && kind=quick
-  for table in bench/results/{trie,sage,prefix,pairwise-t5,decode,tokenizer}-$kind.*; do
+  for table in bench/results/{kernels,trie,sage,prefix,pairwise-t5,decode,tokenizer}-$kind.*; do
     [ "$table" -nt "$LOGS/started" ] && cp "$table" "$LOGS"
   done
   cp "$LOGS/summary.txt" "$OUT"
@@ -162,6 +162,7 @@ for stage in "${stages[@]}"; do
         how=(--device cuda)
       fi
       # What matters most first, where time is short.
+      [ "$DEVICE" = cpu ] || step kernels "$PYTHON" bench/kernels_cuda.py
       step bench_trie "$PYTHON" bench/bench_trie.py step "${how[@]}"
       step bench_sage "$PYTHON" bench/bench_sage.py "${how[@]}"
       step bench_prefix "$PYTHON" bench/bench_prefix.py "${how[@]}"

@@ -158,7 +158,9 @@ def main() -> None:
     for calls in (policy(), prefix(), trie(), tokenizers()):
         for call in calls:
             kernels = kernels_of(call.method)
-            results.append({**call._asdict(), "kernels": kernels, "method": None})
+            results.append(
+                {"part": call.part, "case": call.case, "what": call.what, "kernels": kernels}
+            )
             print(call.part, call.case, call.what, f"{sum(kernels.values()):.1f}", flush=True)
     write_report(
         "kernels-cuda",
