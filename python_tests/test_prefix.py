@@ -78,6 +78,20 @@ def test_pointwise_is_a_position_weighted_cross_entropy(ours):
         assert levels[t - 1].item() == pytest.approx(want.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("V", (64, 1024, 8192, 8193))
+def test_the_highest_temperatures(ours, V):
+    """The inverse is a denormal float, and logits far apart are near."""
+    logits = torch.full((1, 1, V), -math.inf)
+    logits[..., :2] = torch.tensor([3e38, 2e38])
+    given = (torch.ones(1, 1, dtype=torch.long), torch.ones(1), 0.0)
+    _, levels, grad = with_grad(ours.prefix_loss, logits, *given, temperature=1e38)
+    p = torch.softmax(torch.tensor([3.0, 2.0], dtype=torch.float64), 0)
+    assert levels[0].item() == pytest.approx(-p[1].log().item(), rel=1e-5)
+    want = torch.tensor([p[0], p[1] - 1]) * 1e-38
+    assert torch.allclose(grad[0, 0, :2].double(), want, rtol=1e-4, atol=0)
+    assert grad[0, 0, 2:].count_nonzero() == 0
+
+
 def test_beta_zero_is_cross_entropy(ours):
     logits, tokens, weights, _ = pointwise_case(1)
     loss, _ = ours.prefix_loss(logits, tokens, weights, 0.0)

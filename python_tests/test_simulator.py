@@ -203,6 +203,7 @@ RUNS = (
     ("plain", "forward", "90", 25, 1),
     ("plain", "reverse", "80", 25, 2),
     ("plain", "random:3", "90", 25, 3),
+    ("plain", "forward", "86", 10, 8),
     ("asan", "forward", "80", 10, 4),
     ("asan", "random:5", "90", 10, 5),
     ("tsan", "reverse", "80", 4, 6),

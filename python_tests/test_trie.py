@@ -346,6 +346,13 @@ def test_step_errors_name_the_argument(ours):
             {},
             {"temperature": -1.0},
         ),
+        (  # its inverse is a float, but not in units of log 2
+            ValueError,
+            "temperature must be a positive",
+            torch.zeros(1, 5),
+            {},
+            {"temperature": 3.2e-39},
+        ),
         (
             ValueError,
             "forbidden must have shape",

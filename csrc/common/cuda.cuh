@@ -34,42 +34,6 @@ struct Launch {
   void* stream = nullptr;
 };
 
-// What a block may have, static arrays included, without saying so to the kernel first;
-// and how much of it a launch asks for without looking at the static ones.
-inline constexpr size_t kPlainShared = 48 << 10, kSurelyPlain = 8 << 10;
-
-// A launch as a function call, which formatters and simulators understand; none
-// for an empty grid.  Returns a cudaError_t.
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
-  if (how.blocks == 0) return static_cast<int>(cudaSuccess);
-  if (how.blocks < 0 || how.blocks > INT32_MAX || how.threads < 1 || how.cluster < 1)
-    return static_cast<int>(cudaErrorInvalidConfiguration);
-  cudaError_t code = cudaSuccess;
-  if (how.shared > kSurelyPlain)
-    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(how.shared));
-  if (code == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(how.threads));
-    config.dynamicSmemBytes = how.shared;
-    config.stream = static_cast<cudaStream_t>(how.stream);
-    cudaLaunchAttribute cluster{};
-    if (how.cluster > 1) {
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-    }
-    code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  }
-  // The caller reports it; left in place, torch would too, at an unrelated call.
-  if (code != cudaSuccess) cudaGetLastError();
-  return static_cast<int>(code);
-}
-
 struct DeviceLimits {
   int capability;        // 80, 90, 100, ...; 0 where there is no device
   int shared_per_block;  // bytes, the most that a launch may ask for
@@ -94,6 +58,58 @@ inline DeviceLimits device_limits() {
   found.capability = 10 * major + minor;
   known = device;
   return limits = found;
+}
+
+// What a block may have, static arrays included, without saying so to the kernel first;
+// and how much of it a launch asks for without looking at the static ones.
+inline constexpr size_t kPlainShared = 48 << 10, kSurelyPlain = 8 << 10;
+
+// Lets the kernel's blocks have as much dynamic shared memory as the device has beside
+// their static arrays.  Always the same number, whatever is `wanted`: threads that launch
+// at once do not lower one another's.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), [[maybe_unused]] size_t wanted) {
+#if defined(GENREC_SIMULATOR)
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(wanted));
+#else
+  cudaFuncAttributes own{};
+  const cudaError_t code = cudaFuncGetAttributes(&own, kernel);
+  if (code != cudaSuccess) return code;
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      device_limits().shared_per_block - static_cast<int>(own.sharedSizeBytes));
+#endif
+}
+
+// A launch as a function call, which formatters and simulators understand; none
+// for an empty grid.  Returns a cudaError_t.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), const Launch& how, Arguments... arguments) {
+  if (how.blocks == 0) return static_cast<int>(cudaSuccess);
+  if (how.blocks < 0 || how.blocks > INT32_MAX || how.threads < 1 || how.cluster < 1)
+    return static_cast<int>(cudaErrorInvalidConfiguration);
+  cudaError_t code = cudaSuccess;
+  if (how.shared > kSurelyPlain) code = allow_shared(kernel, how.shared);
+  if (code == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
+    config.dynamicSmemBytes = how.shared;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    cudaLaunchAttribute cluster{};
+    if (how.cluster > 1) {
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+    }
+    code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  // The caller reports it; left in place, torch would too, at an unrelated call.
+  if (code != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(code);
 }
 
 // Whether the kernel's code that this device runs was compiled for devices with

@@ -99,18 +99,6 @@ struct RowState {
   S logp, slope;
 };
 
-template <class T>
-__device__ __forceinline__ RowState<acc_t<T>> state_of(const Scores& in, const RowColumns& c,
-                                                       int64_t r, const Partial<acc_t<T>>& sum) {
-  using S = acc_t<T>;
-  const Normalizer<S> z = c.n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
-  const S logp = scored(in, c, r) ? (load(row_of<T>(in, r) + in.tokens[r]) - z.top) *
-                                            static_cast<S>(in.inv_temperature) -
-                                        z.log_sum
-                                  : static_cast<S>(kOutsideLogp);
-  return {z, logp, S(0)};
-}
-
 template <class S>
 __device__ __forceinline__ Partial<S> merge_parts(const Partial<S>* parts, int n, S rate) {
   Partial<S> sum = parts[0];

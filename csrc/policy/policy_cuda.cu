@@ -1,14 +1,15 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// A loss goes one of two ways.  Where a sequence's rows fit the shared memory of a
-// block, or of a cluster of up to eight, one launch does all: rows are read once, kept
-// on the chip, and left as gradient.  Longer ones take several launches: the rows' sums,
-// the sequences' scalar mathematics, gradient.
+// A loss goes one of two ways.  Where a sequence's rows are short and fit the shared
+// memory of a block, or of a cluster of up to eight, one launch does all: rows are read
+// once, kept on the chip, and left as gradient.  Others take several launches: the rows'
+// sums, the sequences' scalar mathematics, gradient.
 //
-// How threads share a row and in which order its sum is folded depends on its number of
-// columns alone, so that a log-probability has the same bits whoever computes it, and the
-// ratio of a policy to itself is 1.
+// How threads share a row and in which order its sum is folded depends on the number of
+// its columns and on where it starts within 16 bytes, and not on which kernel does it: the
+// same logits have the same log-probability in token_logps and in the loss, and the ratio
+// of a policy to itself is 1.
 //
 // No index is trusted: a token, range or column list that points outside the row is
 // treated as outside the support.  Nothing waits for the device, so every call can be
@@ -45,8 +46,11 @@ __device__ __forceinline__ Partial<S>* parts_of(S* workspace, int64_t r) {
 }
 
 // A row of up to kWarpRow columns is one warp's, of up to kShortRow kRowWarps warps'; a
-// longer one is cut into kMaxParts parts of a block each.
-constexpr int64_t kWarpRow = 2048, kShortRow = 16384;
+// longer one is cut into kMaxParts parts of a block each.  A short one fits the shared
+// memory of every device, 99 KB.
+constexpr int64_t kWarpRow = 2048;
+template <class T>
+constexpr int64_t kShortRow = sizeof(acc_t<T>) == 8 ? 8192 : 16384;
 constexpr int kRowWarps = 4, kRowThreads = kRowWarps * kWarp;
 __host__ __device__ __forceinline__ int warps_of(int64_t V) {
   return V <= kWarpRow ? 1 : kRowWarps;
@@ -157,7 +161,7 @@ __device__ __forceinline__ Partial<acc_t<T>> sum_kept(const Scores& in, const Ro
   return sum;
 }
 
-// The states of rows of up to kShortRow columns.  Shared memory: the block's rows.
+// The states of short rows.  Shared memory: the block's rows.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 6)
     normalize_rows(Scores in, RowArrays<acc_t<T>> out) {
@@ -330,7 +334,7 @@ struct FusedPlan {
 
 constexpr int kFusedThreads = 384;
 
-// The whole loss in one launch, for rows of up to kShortRow columns.  Shared memory: the
+// The whole loss in one launch, for short rows.  Shared memory: the
 // sequence, the sums of this block's warps, then this block's rows.
 template <class T>
 __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
@@ -492,7 +496,7 @@ template <class T>
 int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& out, void* stream) {
   const int64_t rows = in.N * in.T;
   if (rows == 0) return static_cast<int>(cudaSuccess);
-  if (in.V <= kShortRow) {
+  if (in.V <= kShortRow<T>) {
     const int each = kRowWarps / warps_of(in.V);
     Launch how = on(blocks_for(rows, each), kRowThreads, stream);
     how.shared = static_cast<size_t>(each * kept_bytes<T>(in.V));
@@ -543,7 +547,7 @@ FusedPlan plan_fused(const Scores& in) {
   const int most =
       limits.capability < 90 || !knows_clusters(fused_sequences<T>) ? 1 : kLargestCluster;
   FusedPlan best;
-  if (in.V > kShortRow) return best;
+  if (in.V > kShortRow<T>) return best;
   for (int cluster = 1; cluster <= most; cluster *= 2) {
     if (cluster > 1 && cluster / 2 >= in.T) break;  // blocks without a row
     FusedPlan plan;
@@ -598,7 +602,8 @@ int scale(const ScaleArgs& a, void* stream) {
   return by_dtype(a.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int parts = parts_of_grad(a.inner);
-    const int64_t most = int64_t{6} * device_limits().multiprocessors;  // resident at once
+    // As many as are resident at once.
+    const int64_t most = bounded(int64_t{6} * device_limits().multiprocessors, 1, INT32_MAX);
     return launch(scale_rows<T>, on(bounded(a.N * parts, 0, most), kThreads, stream), a, parts);
   });
 }

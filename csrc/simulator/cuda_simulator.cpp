@@ -305,6 +305,7 @@ cudaError_t refuse(cudaError_t code, const std::string& why) {
 Device device() {
   const char* wanted = std::getenv("GENREC_SIMULATED_CAPABILITY");
   if (wanted != nullptr && std::strcmp(wanted, "80") == 0) return {80, size_t{163} << 10, 108};
+  if (wanted != nullptr && std::strcmp(wanted, "86") == 0) return {86, size_t{99} << 10, 84};
   return {90, size_t{227} << 10, 132};
 }
 

@@ -4,7 +4,8 @@
 // One launch a step.  A user is taken by one block, or on devices with clusters by
 // up to eight: each normalises the rows of its own beams, then all choose together.
 // A candidate is ordered by (key, parent, node), no two alike, so equal input gives
-// equal bits.  There are two ways to choose:
+// equal bits.  How many warps take a row depends on the users and beams of the call, and
+// the last bits of its sum with them.  There are two ways to choose:
 //
 // - `best_children`, for beam search of up to 256 beams and widths: a warp keeps the
 //   candidates of its rows in shared memory and drops those that can no longer win
@@ -161,6 +162,16 @@ __device__ __forceinline__ float max_warp(float x) {
   for (int width = kWarp / 2; width > 0; width /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, x, width);
     x = other > x ? other : x;
+  }
+  return x;
+}
+
+// The sum over the lanes up to this one.
+__device__ __forceinline__ uint32_t sum_up_to(uint32_t x, int lane) {
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, x, static_cast<unsigned>(by));
+    if (lane >= by) x += other;
   }
   return x;
 }
@@ -352,12 +363,7 @@ __device__ __forceinline__ Found find_bin(uint32_t* bins, int cluster, uint32_t 
 #pragma unroll
   for (int i = 0; i < kBinsAThread; ++i) count += mine[i];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  uint32_t up_to = count;
-#pragma unroll
-  for (int by = 1; by < kWarp; by *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, up_to, static_cast<unsigned>(by));
-    if (lane >= by) up_to += other;
-  }
+  const uint32_t up_to = sum_up_to(count, lane);
   if (lane == kWarp - 1) warp_counts[warp] = up_to;
   __syncthreads();
   uint32_t earlier = 0, total = 0;
@@ -668,12 +674,7 @@ __device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int 
       if (mine[j] != kNoCandidate) atomicAdd(&steps[step_of(mine[j])], 1u);
     __syncthreads();
     const uint32_t own = steps[threadIdx.x];
-    uint32_t upto = own;
-#pragma unroll
-    for (int by = 1; by < kWarp; by *= 2) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, upto, static_cast<unsigned>(by));
-      if (lane >= by) upto += other;
-    }
+    uint32_t upto = sum_up_to(own, lane);
     if (lane == kWarp - 1) warp_steps[warp] = upto;
     __syncthreads();
     for (int i = 0; i < warp; ++i) upto += warp_steps[i];
