@@ -53,6 +53,10 @@ __device__ __forceinline__ float power_of_two(float t) {
 }
 __device__ __forceinline__ double power_of_two(double t) { return exp2(t); }
 
+// The larger, or the one that is a number.
+__device__ __forceinline__ float larger_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger_of(double a, double b) { return fmax(a, b); }
+
 // 16 bytes of a row, moved in one instruction.
 template <class T>
 struct alignas(16) Pack {
@@ -128,15 +132,36 @@ __device__ __forceinline__ Share share_of(int64_t n, int64_t i, int64_t parts) {
   return {begin, begin + each < n ? begin + each : n};
 }
 
+// The same for 1 << bits parts, without a division.
+__device__ __forceinline__ Share share_of_bits(int64_t n, int64_t i, int bits) {
+  if (bits == 0) return {0, n};
+  const int64_t each = (n + (kPartStep << bits) - 1) / kPartStep >> bits;
+  const int64_t begin = i * each * kPartStep < n ? i * each * kPartStep : n;
+  return {begin, begin + each * kPartStep < n ? begin + each * kPartStep : n};
+}
+
+// Of a power of two.
+__device__ __forceinline__ int log2_of(int power) { return __ffs(power) - 1; }
+
+// The whole packs of p[begin .. end): the first begins at element `first`.
+struct PackRange {
+  int64_t first, count;
+};
+
+template <class T>
+__device__ __forceinline__ PackRange packs_of(const T* p, Share s) {
+  const int64_t lead = before_boundary(p + s.begin), n = s.end - s.begin;
+  const int64_t first = s.begin + (lead < n ? lead : n);
+  return {first, (s.end - first) / Pack<T>::kSize};
+}
+
 // Calls pack(i) for each 16-byte boundary of p[begin .. end) and one(i) for what
 // lies before the first and after the last, each i once, spread over the threads.
 template <class T, class Whole, class One>
 __device__ __forceinline__ void each_pack(const T* p, Share s, int thread, int threads,
                                           const Whole& pack, const One& one) {
   constexpr int kSize = Pack<T>::kSize;
-  const int64_t lead = before_boundary(p + s.begin), n = s.end - s.begin;
-  const int64_t first = s.begin + (lead < n ? lead : n);
-  const int64_t packs = (s.end - first) / kSize;
+  const auto [first, packs] = packs_of(p, s);
   for (int64_t i = s.begin + thread; i < first; i += threads) one(i);
   for (int64_t k = thread; k < packs; k += threads) pack(first + k * kSize);
   for (int64_t i = first + packs * kSize + thread; i < s.end; i += threads) one(i);
@@ -148,9 +173,7 @@ template <class T, class Whole, class One>
 __device__ __forceinline__ void read_packs(const T* p, Share s, int thread, int threads,
                                            const Whole& pack, const One& one) {
   constexpr int kSize = Pack<T>::kSize, kAhead = 4;
-  const int64_t lead = before_boundary(p + s.begin), n = s.end - s.begin;
-  const int64_t first = s.begin + (lead < n ? lead : n);
-  const int64_t packs = (s.end - first) / kSize;
+  const auto [first, packs] = packs_of(p, s);
   for (int64_t i = s.begin + thread; i < first; i += threads) one(i);
   int64_t k = thread;
   for (; k + (kAhead - 1) * threads < packs; k += kAhead * threads) {
@@ -209,7 +232,7 @@ __device__ __forceinline__ void add_pack(Partial<S>& a, const Pack<T>& pack, S r
 #pragma unroll
   for (int j = 0; j < Pack<T>::kSize; ++j) {
     x[j] = load(&pack.v[j]);
-    most = x[j] > most ? x[j] : most;
+    most = larger_of(most, x[j]);
   }
   raise(a, most, rate);
   if (a.top == S(-INFINITY)) {  // nothing but -inf and NaN so far
@@ -280,6 +303,8 @@ struct RowSlope {
     const S t = log2_p(x), p = power_of_two(t);
     return -a * p - spread(p, t);
   }
+  // The same where b is 0.
+  __device__ __forceinline__ S without_entropy(S x) const { return -a * power_of_two(log2_p(x)); }
   // The token's own column: 1 - p by expm1, which keeps its digits where p is near 1.
   __device__ __forceinline__ S own(S x, S inv_temperature) const {
     const S logp = (x - z.top) * inv_temperature - z.log_sum, p = exp(logp);

@@ -13,7 +13,8 @@ using namespace genrec::cuda;
 
 // ---- a row's columns ----
 
-// The columns of row r = n * T + t: the range [first, first + n) or a list.
+// The columns of row r = n * T + t: the range [first, first + n) or a list.  Divisions are
+// long: whoever knows n and t says so.
 struct RowColumns {
   const int32_t* list;
   int64_t first, n;
@@ -23,7 +24,7 @@ __host__ __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int6
   return x < low ? low : x > high ? high : x;
 }
 
-__device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r) {
+__device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r, int64_t t) {
   const Support& s = in.support;
   if (s.begin != nullptr) {  // an empty `columns` is null
     const int64_t begin = bounded(s.begin[r], 0, s.num_columns);
@@ -32,10 +33,14 @@ __device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r) {
     return {s.columns + begin, 0, bounded(s.end[r], begin, most) - begin};
   }
   if (s.ranges != nullptr) {
-    const int64_t first = bounded(s.ranges[2 * (r % in.T)], 0, in.V);
-    return {nullptr, first, bounded(s.ranges[2 * (r % in.T) + 1], first, in.V) - first};
+    const int64_t first = bounded(s.ranges[2 * t], 0, in.V);
+    return {nullptr, first, bounded(s.ranges[2 * t + 1], first, in.V) - first};
   }
   return {nullptr, 0, in.V};
+}
+
+__device__ __forceinline__ RowColumns columns_of(const Scores& in, int64_t r) {
+  return columns_of(in, r, in.support.ranges == nullptr ? 0 : r % in.T);
 }
 
 __device__ __forceinline__ bool holds(const RowColumns& c, int64_t column) {
@@ -44,8 +49,12 @@ __device__ __forceinline__ bool holds(const RowColumns& c, int64_t column) {
 }
 
 template <class T>
+__device__ __forceinline__ const T* row_of(const Scores& in, int64_t n, int64_t t) {
+  return static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
+}
+template <class T>
 __device__ __forceinline__ const T* row_of(const Scores& in, int64_t r) {
-  return static_cast<const T*>(in.logits) + (r / in.T) * in.stride_n + (r % in.T) * in.stride_t;
+  return row_of<T>(in, r / in.T, r % in.T);
 }
 
 // Whether the row has its token among its columns.
@@ -146,31 +155,48 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
     ++next;
     return v == token ? slope.own(x, inv_temperature) : slope.other(x);
   };
+  const auto one = [&](int64_t v) {
+    int64_t next = c.list == nullptr ? 0 : first_not_before(c.list, c.n, v);
+    store(g + v, value(v, next));
+  };
+  if (aligned && s.begin >= c.first && s.end <= last) {
+    // Most often: a column is its own.  The token's is put right by the thread that wrote
+    // over it, from what it read before.
+    const T* x = from.x - c.first;
+    const PackRange packs = packs_of(g, s);
+    const int64_t at = token - packs.first;
+    const bool mine = at >= 0 && at < packs.count * kSize && at / kSize % threads == thread;
+    const S own = mine ? load(x + token) : S(0);
+    const auto write = [&](const auto& of) {
+      each_pack(
+          g, s, thread, threads,
+          [&](int64_t v) {
+            const Pack<T> in = load_pack(x + v);
+            Pack<T> out;
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) store(&out.v[j], of(load(&in.v[j])));
+            write_pack(g + v, out);
+          },
+          one);
+    };
+    if (slope.b == S(0))
+      write([&](S x) { return slope.without_entropy(x); });
+    else
+      write([&](S x) { return slope.other(x); });
+    if (mine) store(g + token, slope.own(own, inv_temperature));
+    return;
+  }
   each_pack(
       g, s, thread, threads,
       [&](int64_t v) {
         Pack<T> out{};
-        if (aligned && v >= c.first && v + kSize <= last) {
-          const Pack<T> in = load_pack(from.x + (v - c.first));
-          const bool own = token >= v && token < v + kSize;
-          const S at_token =
-              own ? slope.own(load(from.x + (token - c.first)), inv_temperature) : S(0);
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) store(&out.v[j], slope.other(load(&in.v[j])));
-          write_pack(g + v, out);
-          if (own) store(g + token, at_token);
-          return;
-        }
         int64_t next = c.list == nullptr ? 0 : first_not_before(c.list, c.n, v);
         if (c.list != nullptr || (v + kSize > c.first && v < last))
 #pragma unroll
           for (int j = 0; j < kSize; ++j) store(&out.v[j], value(v + j, next));
         write_pack(g + v, out);
       },
-      [&](int64_t v) {
-        int64_t next = c.list == nullptr ? 0 : first_not_before(c.list, c.n, v);
-        store(g + v, value(v, next));
-      });
+      one);
 }
 
 template <class T>

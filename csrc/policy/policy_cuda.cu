@@ -51,9 +51,9 @@ __device__ __forceinline__ Partial<S>* parts_of(S* workspace, int64_t r) {
 constexpr int64_t kWarpRow = 2048;
 template <class T>
 constexpr int64_t kShortRow = sizeof(acc_t<T>) == 8 ? 8192 : 16384;
-constexpr int kRowWarps = 4, kRowThreads = kRowWarps * kWarp;
-__host__ __device__ __forceinline__ int warps_of(int64_t V) {
-  return V <= kWarpRow ? 1 : kRowWarps;
+constexpr int kRowWarpBits = 2, kRowWarps = 1 << kRowWarpBits, kRowThreads = kRowWarps * kWarp;
+__host__ __device__ __forceinline__ int warp_bits_of(int64_t V) {
+  return V <= kWarpRow ? 0 : kRowWarpBits;
 }
 
 // 16 more bytes, since a kept row starts as far from a 16-byte boundary as the logits
@@ -72,10 +72,12 @@ struct Row {
   acc_t<T> own = 0;
 
   Row() = default;
-  __device__ __forceinline__ Row(const Scores& in, int64_t r) : counted(counts(in.mask, r)) {
+  // r = n * T + t.
+  __device__ __forceinline__ Row(const Scores& in, int64_t r, int64_t n, int64_t t)
+      : counted(counts(in.mask, r)) {
     if (!counted) return;
-    c = columns_of(in, r);
-    x = row_of<T>(in, r);
+    c = columns_of(in, r, t);
+    x = row_of<T>(in, n, t);
   }
 
   // Two loads, one after the other, so that others had better be on their way before.
@@ -128,7 +130,7 @@ __device__ __forceinline__ Partial<acc_t<T>> sum_kept(const Scores& in, const Ro
   wait_for_copies();
   // A lane reads what it has copied itself.
   Partial<S> sum = empty_partial<S>();
-  const auto larger = [&](S x) { sum.top = x > sum.top ? x : sum.top; };
+  const auto larger = [&](S x) { sum.top = larger_of(sum.top, x); };
   each_pack(
       from, s, lane, kWarp,
       [&](int64_t i) {
@@ -167,19 +169,19 @@ __global__ void __launch_bounds__(kRowThreads, 6)
     normalize_rows(Scores in, RowArrays<acc_t<T>> out) {
   using S = acc_t<T>;
   GENREC_DYNAMIC_SHARED(unsigned char, memory);
-  const int warps = warps_of(in.V), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp / warps, part = warp % warps;
-  const int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps / warps) + local;
+  const int bits = warp_bits_of(in.V), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = warp >> bits, part = warp & ((1 << bits) - 1);
+  const int64_t r = (blockIdx.x * static_cast<int64_t>(kRowWarps) >> bits) + local;
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
   const bool mine = r < in.N * in.T;
   Row<T> row;
-  if (mine) row = Row<T>(in, r);
-  const Share share = share_of(row.c.n, part, warps);
+  if (mine) row = Row<T>(in, r, r / in.T, r % in.T);
+  const Share share = share_of_bits(row.c.n, part, bits);
   T* keep = keep_at<T>(memory + local * kept_bytes<T>(in.V), row);
   start_copy<T>(row, share, lane, keep);
   if (mine) row.fetch_own(in, r);
   Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
-  if (warps > 1) {
+  if (bits > 0) {
     GENREC_SHARED(Partial<S>, parts, kRowWarps);
     if (lane == 0) parts[warp] = sum;
     __syncthreads();
@@ -213,7 +215,7 @@ __global__ void finish_rows(Scores in, acc_t<T>* workspace, RowArrays<acc_t<T>> 
   using S = acc_t<T>;
   const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (r >= in.N * in.T) return;
-  Row<T> row(in, r);
+  Row<T> row(in, r, r / in.T, r % in.T);
   row.fetch_own(in, r);
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
   out.set(r, row.state(in, row.counted ? merge_parts(parts_of(workspace, r), kMaxParts, rate)
@@ -239,17 +241,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2
   using S = acc_t<T>;
   int64_t unit = blockIdx.x;
   if constexpr (kTeam != kThreads) unit = unit * (kThreads / kTeam) + threadIdx.x / kTeam;
-  const int64_t r = unit / parts;
+  const int64_t r = parts == 1 ? unit : unit / parts, part = unit - r * parts;
   if (r >= in.N * in.T) return;
-  const RowColumns c = columns_of(in, r);
+  const int64_t n = r / in.T, t = r - n * in.T;
+  const RowColumns c = columns_of(in, r, t);
   const Normalizer<S> z{row.top[r * row.norm_stride], row.log_sum[r * row.norm_stride],
                         row.entropy[r * row.stride]};
   const RowSlope<S> slope = slope_of<T>(in, c, r, z, row.by_logp[r * row.slope_stride],
                                         row.by_entropy == nullptr ? S(0) : row.by_entropy[r]);
-  write_grad<T>(c, {row_of<T>(in, r) + c.first, false}, slope, slope.a == S(0) ? -1 : in.tokens[r],
-                static_cast<S>(in.inv_temperature),
-                grad + (r / in.T) * grad_n + (r % in.T) * grad_t,
-                share_of(in.V, unit % parts, parts), static_cast<int>(threadIdx.x) % kTeam, kTeam);
+  write_grad<T>(c, {row_of<T>(in, n, t) + c.first, false}, slope,
+                slope.a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
+                grad + n * grad_n + t * grad_t,
+                parts == 1 ? Share{0, in.V} : share_of(in.V, part, parts),
+                static_cast<int>(threadIdx.x) % kTeam, kTeam);
 }
 
 // ---- sequences ----
@@ -342,29 +346,29 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
                     FusedPlan plan) {
   using S = acc_t<T>;
   GENREC_DYNAMIC_SHARED(unsigned char, memory);
-  const int warps = warps_of(in.V);
+  const int bits = warp_bits_of(in.V), cluster_bits = log2_of(plan.cluster);
   Sequence<S> sequence(memory, in.T);
   Partial<S>* sums = reinterpret_cast<Partial<S>*>(memory + Sequence<S>::bytes(in.T));
   unsigned char* kept = reinterpret_cast<unsigned char*>(sums) +
-                        round_up(plan.rows * warps * static_cast<int>(sizeof(Partial<S>)), 16);
+                        round_up((plan.rows << bits) * static_cast<int>(sizeof(Partial<S>)), 16);
   const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int64_t n = blockIdx.x / plan.cluster;
+  const int64_t n = blockIdx.x >> cluster_bits;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp / warps, part = warp % warps;
-  const int64_t t = rank + static_cast<int64_t>(local) * plan.cluster, r = n * in.T + t;
+  const int local = warp >> bits, part = warp & ((1 << bits) - 1);
+  const int64_t t = rank + (static_cast<int64_t>(local) << cluster_bits), r = n * in.T + t;
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
 
   const bool mine = t < in.T;
   Row<T> row;
-  if (mine) row = Row<T>(in, r);
-  const Share share = share_of(row.c.n, part, warps);
+  if (mine) row = Row<T>(in, r, n, t);
+  const Share share = share_of_bits(row.c.n, part, bits);
   T* keep = keep_at<T>(kept + local * kept_bytes<T>(in.V), row);
   start_copy<T>(row, share, lane, keep);
   sequence.fetch(q, n);
   if (mine) row.fetch_own(in, r);
   if (plan.cluster > 1) cluster_sync();  // the peers are there to be written to
   Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
-  if (warps > 1) {
+  if (bits > 0) {
     if (lane == 0) sums[warp] = sum;
     __syncthreads();
     if (part == 0 && lane == 0) sum = merge_parts(sums + warp, kRowWarps, rate);
@@ -389,7 +393,7 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
   const S a = row.scored ? state.slope * static_cast<S>(in.inv_temperature) : S(0);
   write_grad<T>(row.c, {keep, true}, RowSlope<S>{state.z, rate, a, S(0)},
                 a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
-                grad + n * grad_n + t * grad_t, share_of(in.V, part, warps), lane, kWarp);
+                grad + n * grad_n + t * grad_t, share_of_bits(in.V, part, bits), lane, kWarp);
 }
 
 template <class S>
@@ -497,7 +501,7 @@ int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& 
   const int64_t rows = in.N * in.T;
   if (rows == 0) return static_cast<int>(cudaSuccess);
   if (in.V <= kShortRow<T>) {
-    const int each = kRowWarps / warps_of(in.V);
+    const int each = kRowWarps >> warp_bits_of(in.V);
     Launch how = on(blocks_for(rows, each), kRowThreads, stream);
     how.shared = static_cast<size_t>(each * kept_bytes<T>(in.V));
     return launch(normalize_rows<T>, how, in, out);
@@ -553,11 +557,11 @@ FusedPlan plan_fused(const Scores& in) {
     FusedPlan plan;
     plan.cluster = cluster;
     const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
-    const int warps = warps_of(in.V);
-    if (rows * warps > kFusedThreads / kWarp) continue;
+    const int bits = warp_bits_of(in.V);
+    if (rows << bits > kFusedThreads / kWarp) continue;
     plan.rows = static_cast<int>(rows);
     const int64_t shared = Sequence<S>::bytes(in.T) +
-                           round_up(rows * warps * static_cast<int64_t>(sizeof(Partial<S>)), 16) +
+                           round_up((rows << bits) * static_cast<int64_t>(sizeof(Partial<S>)), 16) +
                            rows * kept_bytes<T>(in.V);
     if (shared > limits.shared_per_block) continue;
     plan.shared = static_cast<size_t>(shared);
@@ -575,7 +579,7 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     T* grad = static_cast<T*>(a.grad_logits);
     const FusedPlan plan = plan_fused<T>(a.in);
     if (plan.cluster > 0) {
-      Launch how = on(a.in.N * plan.cluster, plan.rows * warps_of(a.in.V) * kWarp, stream);
+      Launch how = on(a.in.N * plan.cluster, (plan.rows << warp_bits_of(a.in.V)) * kWarp, stream);
       how.shared = plan.shared;
       how.cluster = plan.cluster;
       return launch(fused_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,

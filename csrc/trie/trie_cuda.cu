@@ -94,9 +94,6 @@ struct Team {
   int64_t first, step;  // its beams: first, first + step, ...
 };
 
-// Of a power of two.
-__device__ __forceinline__ int log2_of(int power) { return __ffs(power) - 1; }
-
 __device__ __forceinline__ Team team_of(const Plan& plan, int rank) {
   const int bits = log2_of(plan.warps), warp = threadIdx.x / kWarp, threads = kWarp << bits;
   const int index = warp >> bits, teams = kWarps >> bits;
@@ -541,8 +538,7 @@ struct RowPart {
       for (int j = 0; j < kAhead; ++j)
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float x = load(&batch.packs[j].v[i]);
-          most = x > most ? x : most;
+          most = larger_of(most, load(&batch.packs[j].v[i]));
         }
       raise(sum, most, rate);
       // Against a top of -inf a difference is NaN for -inf too; those rows have nothing yet.
