@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import bench_prefix
@@ -66,39 +67,45 @@ def short(kernel: str) -> str:
     return "copy" if kernel.startswith("Memcpy DtoD") else "others"
 
 
-def policy() -> Iterator[Call]:
-    compiler, torch.compile = torch.compile, lambda f, **_: f  # nothing compiled is called
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """For tables of methods of which the compiled ones are not called."""
+    compiler, torch.compile = torch.compile, lambda f, **_: f
     try:
-        for shape in bench_sage.SHAPES:
-            for dtype in DTYPES:
-                both, forward = bench_sage.loss_methods(shape, dtype, "cuda")
-                case = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
-                for what in ("clone", "genrec", "genrec in place", "Liger, Triton GRPO"):
-                    if what in both:
-                        yield Call("sage_loss, forward and gradient", case, what, both[what])
-                yield Call(
-                    "sage_loss, forward and gradient", case, "forward alone", forward["genrec"]
-                )
+        yield
     finally:
         torch.compile = compiler
+
+
+def case_of(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
+
+
+def policy() -> Iterator[Call]:
+    part = "sage_loss, forward and gradient"
+    for shape in bench_sage.SHAPES:
+        for dtype in DTYPES:
+            with nothing_compiled():
+                both, forward = bench_sage.loss_methods(shape, dtype, "cuda")
+            case = case_of(shape, dtype)
+            for what in ("clone", "genrec", "genrec in place", "Liger, Triton GRPO"):
+                if what in both:
+                    yield Call(part, case, what, both[what])
+            yield Call(part, case, "forward alone", forward["genrec"])
 
 
 def prefix() -> Iterator[Call]:
-    compiler, torch.compile = torch.compile, lambda f, **_: f
-    try:
-        for part, shapes, methods_of in (
-            ("Prefix losses", bench_prefix.POINTWISE, bench_prefix.pointwise_methods),
-            ("Pairwise loss", bench_prefix.PAIRWISE, bench_prefix.pairwise_methods),
-        ):
-            for shape in shapes:
-                for dtype in DTYPES:
+    for part, shapes, methods_of in (
+        ("Prefix losses", bench_prefix.POINTWISE, bench_prefix.pointwise_methods),
+        ("Pairwise loss", bench_prefix.PAIRWISE, bench_prefix.pairwise_methods),
+    ):
+        for shape in shapes:
+            for dtype in DTYPES:
+                with nothing_compiled():
                     methods = methods_of(shape, dtype, "cuda")
-                    case = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
-                    for what, method in methods.items():
-                        if what == "clone" or "genrec" in what:
-                            yield Call(part, case, what, method)
-    finally:
-        torch.compile = compiler
+                for what, method in methods.items():
+                    if what == "clone" or "genrec" in what:
+                        yield Call(part, case_of(shape, dtype), what, method)
 
 
 def trie() -> Iterator[Call]:

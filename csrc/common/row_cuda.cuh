@@ -124,20 +124,21 @@ struct Share {
 
 inline constexpr int64_t kPartStep = 64;
 
-// Part `i` of `parts` of n elements, in steps of kPartStep so that parts of an aligned
-// row start on cache lines.
-__device__ __forceinline__ Share share_of(int64_t n, int64_t i, int64_t parts) {
-  const int64_t each = (n + parts * kPartStep - 1) / (parts * kPartStep) * kPartStep;
-  const int64_t begin = i * each < n ? i * each : n;
+// Part `i` of n elements in parts of so many steps of kPartStep, so that parts of an
+// aligned row start on cache lines.
+__device__ __forceinline__ Share share_of_steps(int64_t n, int64_t i, int64_t steps) {
+  const int64_t each = steps * kPartStep, begin = i * each < n ? i * each : n;
   return {begin, begin + each < n ? begin + each : n};
 }
 
-// The same for 1 << bits parts, without a division.
+// Part `i` of `parts`.
+__device__ __forceinline__ Share share_of(int64_t n, int64_t i, int64_t parts) {
+  return share_of_steps(n, i, (n + parts * kPartStep - 1) / (parts * kPartStep));
+}
+// Of 1 << bits parts, without a division.
 __device__ __forceinline__ Share share_of_bits(int64_t n, int64_t i, int bits) {
   if (bits == 0) return {0, n};
-  const int64_t each = (n + (kPartStep << bits) - 1) / kPartStep >> bits;
-  const int64_t begin = i * each * kPartStep < n ? i * each * kPartStep : n;
-  return {begin, begin + each * kPartStep < n ? begin + each * kPartStep : n};
+  return share_of_steps(n, i, (n + (kPartStep << bits) - 1) / kPartStep >> bits);
 }
 
 // Of a power of two.

@@ -57,14 +57,44 @@ __device__ __forceinline__ const T* row_of(const Scores& in, int64_t r) {
   return row_of<T>(in, r / in.T, r % in.T);
 }
 
-// Whether the row has its token among its columns.
-__device__ __forceinline__ bool scored(const Scores& in, const RowColumns& c, int64_t r) {
-  const int64_t token = in.tokens[r];
-  return token >= 0 && token < in.V && holds(c, token);
+// A row's token; `held`: it is one of its columns.
+template <class S>
+struct Token {
+  int64_t column;
+  bool held;
+  S logit;
+};
+
+__device__ __forceinline__ bool is_column(const Scores& in, const RowColumns& c, int64_t column) {
+  return column >= 0 && column < in.V && holds(c, column);
+}
+
+template <class T>
+__device__ __forceinline__ Token<acc_t<T>> token_of(const Scores& in, const RowColumns& c,
+                                                    const T* x, int64_t column) {
+  const bool held = is_column(in, c, column);
+  return {column, held, held ? load(x + column) : acc_t<T>(0)};
 }
 
 __host__ __device__ __forceinline__ int64_t round_up(int64_t x, int64_t step) {
   return (x + step - 1) / step * step;
+}
+
+// ---- rows that are kept ----
+
+// 16 more bytes, since a kept row starts as far from a 16-byte boundary as the logits
+// that it is read from.
+template <class T>
+__host__ __device__ __forceinline__ int64_t kept_bytes(int64_t columns) {
+  return round_up(columns * static_cast<int64_t>(sizeof(T)), 16) + 16;
+}
+
+// Where to keep those columns of x in `memory`.
+template <class T>
+__device__ __forceinline__ T* keep_at(unsigned char* memory, const RowColumns& c, const T* x) {
+  T* keep = reinterpret_cast<T*>(memory);
+  if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + c.first) % 16 / sizeof(T);
+  return keep;
 }
 
 // ---- sums ----
@@ -108,6 +138,16 @@ struct RowState {
   S logp, slope;
 };
 
+// Of a row of n columns.
+template <class S>
+__device__ __forceinline__ RowState<S> state_of(const Scores& in, int64_t n, const Partial<S>& sum,
+                                                const Token<S>& token) {
+  const Normalizer<S> z = n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
+  const S logp = token.held ? (token.logit - z.top) * static_cast<S>(in.inv_temperature) - z.log_sum
+                            : static_cast<S>(kOutsideLogp);
+  return {z, logp, S(0)};
+}
+
 template <class S>
 __device__ __forceinline__ Partial<S> merge_parts(const Partial<S>* parts, int n, S rate) {
   Partial<S> sum = parts[0];
@@ -125,6 +165,13 @@ struct RowSource {
   bool gathered;
 };
 
+template <class T>
+__device__ __forceinline__ void zero_columns(T* g, Share s, int thread, int threads) {
+  each_pack(
+      g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
+      [&](int64_t v) { store(g + v, acc_t<T>(0)); });
+}
+
 // Writes columns s of a row's gradient; token is -1 where it moves nothing.  A
 // thread reads a column before it writes it, so g may be the logits' memory.
 template <class T>
@@ -134,12 +181,8 @@ __device__ __forceinline__ void write_grad(const RowColumns& c, const RowSource<
                                            int threads) {
   using S = acc_t<T>;
   constexpr int kSize = Pack<T>::kSize;
-  if (slope.a == S(0) && slope.b == S(0)) {  // also where the row is not a number
-    each_pack(
-        g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
-        [&](int64_t v) { store(g + v, S(0)); });
-    return;
-  }
+  if (slope.a == S(0) && slope.b == S(0))  // also where the row is not a number
+    return zero_columns(g, s, thread, threads);
   const int64_t last = c.first + c.n;
   const bool aligned =
       c.list == nullptr &&
@@ -207,7 +250,8 @@ __device__ __forceinline__ RowSlope<acc_t<T>> slope_of(const Scores& in, const R
   const bool counted = counts(in.mask, r);
   const S inv = static_cast<S>(in.inv_temperature);
   return {z, static_cast<S>(in.inv_temperature * kLog2e),
-          counted && scored(in, c, r) ? by_logp * inv : S(0), counted ? by_entropy * inv : S(0)};
+          counted && is_column(in, c, in.tokens[r]) ? by_logp * inv : S(0),
+          counted ? by_entropy * inv : S(0)};
 }
 
 // ---- sums over many ----

@@ -174,11 +174,7 @@ inline Rows make_rows(const Tensor& logits, const Tensor& tokens, const std::opt
   require(logits.dim() == 3, "logits must have shape [N, T, V], got ", shape_text(logits));
   const int64_t N = logits.size(0), T = logits.size(1), V = logits.size(2);
   require(V > 0, "logits must have at least one column, got shape ", shape_text(logits));
-  const float inverse = static_cast<float>(1 / temperature);
-  require(std::isfinite(temperature) && temperature > 0 && inverse > 0 &&
-              std::isfinite(2 * inverse),  // by log2(e) it enters the exponents
-          "temperature must be a positive number whose inverse is one in float32, got ",
-          temperature);
+  require_temperature(temperature);
   require_tensor(tokens, "tokens", ScalarType::Long, {N, T}, logits);
   if (mask) require_tensor(*mask, "mask", ScalarType::Bool, {N, T}, logits);
   require(!(ranges && columns), "ranges and columns exclude each other: give one support");

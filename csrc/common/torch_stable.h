@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -32,6 +33,15 @@ inline void require(bool ok, const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   throw E(text.str());
+}
+
+// Its inverse.  Twice that is a number too, since by log2(e) it enters exponents to base 2.
+inline float require_temperature(double temperature) {
+  const float inverse = static_cast<float>(1 / temperature);
+  require(
+      std::isfinite(temperature) && temperature > 0 && inverse > 0 && std::isfinite(2 * inverse),
+      "temperature must be a positive number whose inverse is one in float32, got ", temperature);
+  return inverse;
 }
 
 inline std::string shape_text(const Tensor& t) {

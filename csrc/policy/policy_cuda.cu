@@ -56,20 +56,13 @@ __host__ __device__ __forceinline__ int warp_bits_of(int64_t V) {
   return V <= kWarpRow ? 0 : kRowWarpBits;
 }
 
-// 16 more bytes, since a kept row starts as far from a 16-byte boundary as the logits
-// that it is read from.
-template <class T>
-__host__ __device__ __forceinline__ int64_t kept_bytes(int64_t columns) {
-  return round_up(columns * static_cast<int64_t>(sizeof(T)), 16) + 16;
-}
-
 // A row on its way through a block: its columns, its logits, and its token's own.
 template <class T>
 struct Row {
   RowColumns c{nullptr, 0, 0};
   const T* x = nullptr;
-  bool counted = false, scored = false;
-  acc_t<T> own = 0;
+  bool counted = false;
+  Token<acc_t<T>> token{-1, false, 0};
 
   Row() = default;
   // r = n * T + t.
@@ -81,30 +74,15 @@ struct Row {
   }
 
   // Two loads, one after the other, so that others had better be on their way before.
-  __device__ __forceinline__ void fetch_own(const Scores& in, int64_t r) {
-    scored = counted && genrec::scored(in, c, r);
-    if (scored) own = load(x + in.tokens[r]);
+  __device__ __forceinline__ void fetch_token(const Scores& in, int64_t r) {
+    if (counted) token = token_of(in, c, x, in.tokens[r]);
   }
 
   __device__ __forceinline__ RowState<acc_t<T>> state(const Scores& in,
                                                       const Partial<acc_t<T>>& sum) const {
-    using S = acc_t<T>;
-    if (!counted) return {};
-    const Normalizer<S> z = c.n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
-    const S logp = scored ? (own - z.top) * static_cast<S>(in.inv_temperature) - z.log_sum
-                          : static_cast<S>(kOutsideLogp);
-    return {z, logp, S(0)};
+    return counted ? state_of(in, c.n, sum, token) : RowState<acc_t<T>>{};
   }
 };
-
-// Where to keep a row in `memory`.
-template <class T>
-__device__ __forceinline__ T* keep_at(unsigned char* memory, const Row<T>& row) {
-  T* keep = reinterpret_cast<T*>(memory);
-  if (row.c.list == nullptr)
-    keep += reinterpret_cast<uintptr_t>(row.x + row.c.first) % 16 / sizeof(T);
-  return keep;
-}
 
 // Sends a warp's share of a row on its way to `keep`, but for lists.
 template <class T>
@@ -177,9 +155,9 @@ __global__ void __launch_bounds__(kRowThreads, 6)
   Row<T> row;
   if (mine) row = Row<T>(in, r, r / in.T, r % in.T);
   const Share share = share_of_bits(row.c.n, part, bits);
-  T* keep = keep_at<T>(memory + local * kept_bytes<T>(in.V), row);
+  T* keep = keep_at(memory + local * kept_bytes<T>(in.V), row.c, row.x);
   start_copy<T>(row, share, lane, keep);
-  if (mine) row.fetch_own(in, r);
+  if (mine) row.fetch_token(in, r);
   Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
   if (bits > 0) {
     GENREC_SHARED(Partial<S>, parts, kRowWarps);
@@ -216,7 +194,7 @@ __global__ void finish_rows(Scores in, acc_t<T>* workspace, RowArrays<acc_t<T>> 
   const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (r >= in.N * in.T) return;
   Row<T> row(in, r, r / in.T, r % in.T);
-  row.fetch_own(in, r);
+  row.fetch_token(in, r);
   const S rate = static_cast<S>(in.inv_temperature * kLog2e);
   out.set(r, row.state(in, row.counted ? merge_parts(parts_of(workspace, r), kMaxParts, rate)
                                        : empty_partial<S>()));
@@ -338,8 +316,8 @@ struct FusedPlan {
 
 constexpr int kFusedThreads = 384;
 
-// The whole loss in one launch, for short rows.  Shared memory: the
-// sequence, the sums of this block's warps, then this block's rows.
+// The whole loss in one launch, for short rows.  Shared memory: the sequence, the sums of
+// this block's warps, then this block's rows.
 template <class T>
 __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     fused_sequences(Scores in, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t,
@@ -362,10 +340,10 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
   Row<T> row;
   if (mine) row = Row<T>(in, r, n, t);
   const Share share = share_of_bits(row.c.n, part, bits);
-  T* keep = keep_at<T>(kept + local * kept_bytes<T>(in.V), row);
+  T* keep = keep_at(kept + local * kept_bytes<T>(in.V), row.c, row.x);
   start_copy<T>(row, share, lane, keep);
   sequence.fetch(q, n);
-  if (mine) row.fetch_own(in, r);
+  if (mine) row.fetch_token(in, r);
   if (plan.cluster > 1) cluster_sync();  // the peers are there to be written to
   Partial<S> sum = sum_kept<T>(in, row, share, lane, keep);
   if (bits > 0) {
@@ -390,9 +368,9 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
   __syncthreads();
   if (grad == nullptr || !mine) return;
   const RowState<S> state = sequence.states[t];
-  const S a = row.scored ? state.slope * static_cast<S>(in.inv_temperature) : S(0);
+  const S a = row.token.held ? state.slope * static_cast<S>(in.inv_temperature) : S(0);
   write_grad<T>(row.c, {keep, true}, RowSlope<S>{state.z, rate, a, S(0)},
-                a == S(0) ? -1 : in.tokens[r], static_cast<S>(in.inv_temperature),
+                a == S(0) ? -1 : row.token.column, static_cast<S>(in.inv_temperature),
                 grad + n * grad_n + t * grad_t, share_of_bits(in.V, part, bits), lane, kWarp);
 }
 

@@ -236,30 +236,15 @@ __device__ __forceinline__ S factor_of(const RowsArgs& a, int64_t n, int64_t t, 
   return static_cast<S>(factor);
 }
 
-// A row's token; `held`: it is one of its columns.
-template <class S>
-struct Token {
-  int64_t column;
-  bool held;
-  S logit;
-};
-
-template <class T>
-__device__ __forceinline__ Token<acc_t<T>> token_of(const Scores& in, const RowColumns& c,
-                                                    const T* x, int64_t column) {
-  const bool held = column >= 0 && column < in.V && holds(c, column);
-  return {column, held, held ? load(x + column) : acc_t<T>(0)};
-}
-
 // Keeps the row's log-probability and gives the slope of its gradient: 0 where it has none.
 template <class S>
 __device__ __forceinline__ RowSlope<S> finish_row(const RowsArgs& a, int64_t r, int64_t n,
                                                   const Partial<S>& sum, const Token<S>& token,
                                                   S bound, S factor, bool keeps) {
   const S inverse = static_cast<S>(a.in.inv_temperature);
-  const Normalizer<S> z = n == 0 ? Normalizer<S>{S(0), S(0), S(0)} : finish(sum);
-  S logp = token.held ? (token.logit - z.top) * inverse - z.log_sum : static_cast<S>(kOutsideLogp);
-  logp = logp > S(0) ? S(0) : logp;  // by rounding; NaN stays
+  const RowState<S> row = state_of(a.in, n, sum, token);
+  const Normalizer<S>& z = row.z;
+  const S logp = row.logp > S(0) ? S(0) : row.logp;  // by rounding; NaN stays
   S weight = S(1);
   if (a.beam.width > 0)
     weight = n > 1 ? a.beam.of_token<S>(logp, (bound - z.top) * inverse - z.log_sum) : S(0);
@@ -273,13 +258,6 @@ __device__ __forceinline__ RowSlope<S> finish_row(const RowsArgs& a, int64_t r, 
 constexpr int kHeld = 32;      // columns of a thread, besides one at an edge
 constexpr int kShortRows = 4;  // of a block, where a warp has a row
 constexpr int64_t kShortRow = int64_t{kHeld} * kThreads;
-
-template <class T>
-__device__ __forceinline__ void zero_columns(T* g, Share s, int thread, int threads) {
-  each_pack(
-      g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
-      [&](int64_t v) { store(g + v, 0.f); });
-}
 
 // 16 bytes of numbers, each rounded to nearest even.
 template <class T>
@@ -496,12 +474,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 3)
   const T* x = row_of<T>(in, r);
   const int64_t column = in.tokens[r];
   Selection<S>* selection = reinterpret_cast<Selection<S>*>(memory) + local;
-  // A kept row starts as far from a 16-byte boundary as the logits it is read from.
   T* keep = nullptr;
   if (plan.row_bytes > 0) {
     const int64_t before = kBeam ? kWarps / plan.warps * sizeof(Selection<S>) : 0;
-    keep = reinterpret_cast<T*>(memory + before + local * plan.row_bytes);
-    if (c.list == nullptr) keep += reinterpret_cast<uintptr_t>(x + own.first) % 16 / sizeof(T);
+    keep = keep_at(memory + before + local * plan.row_bytes, own, x);
   }
 
   Partial<S> sum = sum_part<T>(in, own, x, {0, own.n}, thread, threads, keep);
@@ -722,17 +698,15 @@ RowsPlan plan_rows(const RowsArgs& a) {
       a.beam.width > 0 ? count * static_cast<int64_t>(sizeof(Selection<S>)) : 0;
   const bool cut = plan.warps > 1 && a.in.support.begin == nullptr && limits.capability >= 90 &&
                    knows_clusters(weighted_rows<T, false>);
-  const auto kept_bytes = [&](int cluster) {
-    const int64_t part = round_up(blocks_for(a.in.V, cluster), kPartStep);
-    // 16 more bytes, since a kept row starts where its logits do.
-    return round_up(part * static_cast<int64_t>(sizeof(T)), 16) + 16;
+  const auto bytes_in = [&](int cluster) {
+    return kept_bytes<T>(round_up(blocks_for(a.in.V, cluster), kPartStep));
   };
   if (cut)
-    while (plan.cluster < kLargestCluster && selections + kept_bytes(plan.cluster) > kPlainShared)
+    while (plan.cluster < kLargestCluster && selections + bytes_in(plan.cluster) > kPlainShared)
       plan.cluster *= 2;
   plan.shared = static_cast<size_t>(selections);
   if (a.grad_logits == nullptr && a.beam.width == 0) return plan;
-  const int64_t row_bytes = kept_bytes(plan.cluster);
+  const int64_t row_bytes = bytes_in(plan.cluster);
   constexpr int64_t kOwn = 2048;  // besides, the block's sums
   if (selections + count * row_bytes + kOwn > limits.shared_per_block) return plan;
   plan.row_bytes = row_bytes;

@@ -131,12 +131,7 @@ class Step {
     require(1 <= width && width <= (int64_t{1} << 24),
             "width must be at least 1 and at most 2^24, got ", width);
     a.width = width;
-    a.inv_temperature = static_cast<float>(1 / temperature);
-    // Twice the inverse too, since exponentials are to base 2.
-    require(std::isfinite(temperature) && temperature > 0 && a.inv_temperature > 0 &&
-                std::isfinite(2 * a.inv_temperature),
-            "temperature must be a positive number whose inverse is one in float32, got ",
-            temperature);
+    a.inv_temperature = require_temperature(temperature);
     a.nodes = held<int64_t>(in.nodes, "nodes", ScalarType::Long, {a.U, a.W}, in.logits);
     a.scores = held<float>(in.scores, "scores", ScalarType::Float, {a.U, a.W}, in.logits);
     a.first_child = held<int32_t>(in.first_child, "first_child", ScalarType::Int,

@@ -507,9 +507,8 @@ struct RowPart {
   int first, packs, n;
 
   __device__ RowPart(const T* row, int begin, int end) : from(row + begin), n(end - begin) {
-    const int64_t lead = before_boundary(from);
-    first = lead < n ? static_cast<int>(lead) : n;
-    packs = (n - first) / kSize;
+    const PackRange whole = packs_of(from, {0, n});
+    first = static_cast<int>(whole.first), packs = static_cast<int>(whole.count);
   }
 
   // Packs k, k + threads, ...; -inf where there is none.
