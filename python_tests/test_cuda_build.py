@@ -32,7 +32,7 @@ REGISTERS = {
     "short_rows": 80,
     "weighted_rows": 80,
     "choices": 40,
-    "pairwise": 80,
+    "pairwise": 128,  # few blocks: a block a user
     "finish_pairs": 48,
     "grad_rows": 80,  # of short rows; 40 of long ones
     "score_sequences": 80,
@@ -40,7 +40,7 @@ REGISTERS = {
     "scale_rows": 42,
     "add_up": 40,
     "advantages": 80,
-    "best_children": 80,  # three blocks of 256 threads share a processor
+    "best_children": 128,  # a block of 512 threads has a processor
     "step_users": 120,  # sampling; beam search is held to 64 by its launch bounds
     "quantize_rows": 128,  # four blocks of 128 threads share a processor
     "quantize_doubles": 48,
@@ -53,7 +53,7 @@ REGISTERS = {
 # Bytes of shared memory in a kernel's code; a step holds its candidates, or its histogram and its
 # winners, a quantizer 64 dimensions of 64 rows and 64 codewords.
 STATIC_SHARED = {
-    "best_children": 27 << 10,
+    "best_children": 10 << 10,
     "step_users": 25 << 10,
     "short_rows": 9 << 10,
     "finish_rows": 32 << 10,

@@ -116,6 +116,7 @@ PLANTED = {
     "shares_overlap": RACE,
     "peer_without_barrier": RACE,
     "peer_before_its_start": RACE,
+    "peer_before_the_wait": RACE,
     # What threads wait for.
     "half_block_at_barrier": everywhere(r"threads wait for it at the __syncthreads|have returned"),
     "early_return_before_barrier": everywhere(r"wait for it at the __syncthreads|have returned"),
@@ -130,7 +131,13 @@ PLANTED = {
     ),
     "wait_for_a_flag": everywhere("does atomics without end"),
     "cluster_barrier_skipped": everywhere("of the cluster (wait for it|have returned)"),
+    "cluster_waits_alone": everywhere("waits at the cluster's barrier without having arrived"),
+    "cluster_arrives_twice": everywhere("arrives twice at the cluster's barrier"),
+    "cluster_arrives_alone": everywhere("of the cluster wait for it|barrier without a wait for it"),
     # Memory.
+    "copy_read_too_early": everywhere("too_early: wrong"),
+    "copy_unaligned": everywhere("copy of 16 bytes that are not aligned to that, at planted.cu"),
+    "copy_left_behind": everywhere("returned with copies on their way"),
     "word_never_written": {"plain": "never_written: wrong", "asan": "never_written: wrong"},
     "wide_load_of_narrow_array": {"asan": "misaligned address .* for type 'const struct float4'"},
     "past_a_static_array": {"asan": r"index \d+ out of bounds for type 'float \[32\]'"},

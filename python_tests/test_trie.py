@@ -299,6 +299,27 @@ def test_wide_fan_out_keeps_the_exact_best(ours):
     assert token[0].tolist() == best + rest
 
 
+@pytest.mark.parametrize("width", (100, 256))
+def test_many_scores_nearly_alike_keep_the_exact_best(ours, width):
+    # One that is far ahead of the others, which differ in their last bits and by no more.
+    V = 4000
+    trie = Trie.from_items(torch.arange(V).unsqueeze(1))
+    logits = 8 + torch.randint(0, 50, (2, V), generator=torch.Generator().manual_seed(0)) * 2.0**-20
+    logits[0, 77] = 20.0
+    nodes, scores = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+    got = ours.trie_beam_step(logits, scores, nodes, trie, 0, width)
+    # The scores of alike logits are alike too; ties go by token.
+    for user in range(2):
+        found = got[2][user]
+        assert found.unique().numel() == width
+        score = {int(v): float(s) for v, s in zip(found, got[0][user])}
+        order = sorted(range(V), key=lambda v: (-float(logits[user, v]), v))
+        last = min(float(logits[user, v]) for v in score)
+        assert all(v in score for v in order if float(logits[user, v]) > last)
+        pairs = list(zip(got[0][user].tolist(), found.tolist()))
+        assert pairs == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+
+
 def test_special_values_stay_with_their_rows(ours):
     trie = Trie.from_items([[0], [1], [2]])
     logits = torch.zeros(5, 4)

@@ -82,6 +82,28 @@ cudaError_t allow_shared(void (*kernel)(Parameters...), [[maybe_unused]] size_t 
 #endif
 }
 
+// A launch's configuration, and room for what it points to.
+struct LaunchConfig {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  explicit LaunchConfig(const Launch& how) {
+    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
+    config.dynamicSmemBytes = how.shared;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    if (how.cluster > 1) {
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+};
+
 // A launch as a function call, which formatters and simulators understand; none
 // for an empty grid.  Returns a cudaError_t.
 template <class... Parameters, class... Arguments>
@@ -92,24 +114,43 @@ int launch(void (*kernel)(Parameters...), const Launch& how, Arguments... argume
   cudaError_t code = cudaSuccess;
   if (how.shared > kSurelyPlain) code = allow_shared(kernel, how.shared);
   if (code == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(how.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(how.threads));
-    config.dynamicSmemBytes = how.shared;
-    config.stream = static_cast<cudaStream_t>(how.stream);
-    cudaLaunchAttribute cluster{};
-    if (how.cluster > 1) {
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-    }
-    code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    const LaunchConfig with(how);
+    code = cudaLaunchKernelEx(&with.config, kernel, static_cast<Parameters>(arguments)...);
   }
   // The caller reports it; left in place, torch would too, at an unrelated call.
   if (code != cudaSuccess) cudaGetLastError();
   return static_cast<int>(code);
+}
+
+// How many clusters of a launch the current device runs at once, which depends on how its
+// processors are grouped; 0 where they do not fit it.  Asked once a thread for the launches
+// that it makes over and over.
+template <class... Parameters>
+int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
+  struct Known {
+    void (*kernel)(Parameters...) = nullptr;
+    int device = -1, threads = 0, cluster = 0;
+    size_t shared = 0;
+    int count = 0;
+  };
+  constexpr int kKnown = 16;
+  thread_local Known known[kKnown];
+  thread_local int oldest = 0;
+  Known asked{kernel, -1, how.threads, how.cluster, how.shared, 0};
+  if (cudaGetDevice(&asked.device) != cudaSuccess) return 0;
+  for (const Known& k : known)
+    if (k.kernel == asked.kernel && k.device == asked.device && k.threads == asked.threads &&
+        k.cluster == asked.cluster && k.shared == asked.shared)
+      return k.count;
+  const LaunchConfig with(how);
+  if ((how.shared > kSurelyPlain && allow_shared(kernel, how.shared) != cudaSuccess) ||
+      cudaOccupancyMaxActiveClusters(&asked.count, kernel, &with.config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  known[oldest] = asked;
+  oldest = (oldest + 1) % kKnown;
+  return asked.count;
 }
 
 // Whether the kernel's code that this device runs was compiled for devices with
@@ -156,6 +197,18 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// The same in two halves: what a thread does between them waits for nobody.
+__device__ __forceinline__ void cluster_arrive() {
+#if defined(GENREC_HAS_CLUSTERS)
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if defined(GENREC_HAS_CLUSTERS)
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // The same shared variable in the cluster's block of this rank.  It may be touched
 // only after a cluster_sync that this block's start precedes, and before one that
 // its end follows.
@@ -171,6 +224,30 @@ __device__ __forceinline__ T* cluster_peer(T* shared, unsigned rank) {
   static_cast<void>(rank);
   return shared;
 #endif
+}
+
+// Starts the copy of 16 bytes from global to shared memory, both aligned to that.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+
+// Makes one group of the copies that this thread has started since the last one.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all groups but the newest, and shows their copies to this thread.
+template <int kNewest>
+__device__ __forceinline__ void wait_for_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// Waits for every copy that this thread has started, and shows it to it.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // IEEE binary16, rounded to nearest even.

@@ -91,25 +91,6 @@ __device__ __forceinline__ void write_pack(T* p, const Pack<T>& pack) {
 #endif
 }
 
-// Starts the copy of 16 bytes from global to shared memory, both aligned to that.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-#if defined(GENREC_SIMULATOR)
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-#else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
-#endif
-}
-
-// Waits for the copies that this thread has started, and shows them to it.
-__device__ __forceinline__ void wait_for_copies() {
-#if !defined(GENREC_SIMULATOR)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // How many elements lie before the first 16-byte boundary at or after p.
 template <class T>
 __device__ __forceinline__ int64_t before_boundary(const T* p) {

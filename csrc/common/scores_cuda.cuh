@@ -256,17 +256,35 @@ __device__ __forceinline__ RowSlope<acc_t<T>> slope_of(const Scores& in, const R
 
 // ---- sums over many ----
 
+// The sum of value(first), value(first + step), ... below n, with so many of them on
+// their way at a time.
+template <int kAtOnce, class Value>
+__device__ __forceinline__ double sum_strided(int64_t n, int64_t first, int64_t step,
+                                              const Value& value) {
+  double sum = 0;
+#pragma unroll 1
+  for (int64_t i = first; i < n; i += kAtOnce * step) {
+    double x[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) x[j] = i + j * step < n ? value(i + j * step) : 0.0;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) sum += x[j];
+  }
+  return sum;
+}
+
+__device__ __forceinline__ double sum_warp(double x) {
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
+  return x;
+}
+
 // The sum of value(0) .. value(n - 1) in one block: each thread adds a strided part,
 // each warp those of its lanes by a fixed tree, and every thread the warps' in order.
 // Every thread gets it; of `parts`, kThreads doubles, a warp takes one.
-template <class Value>
+template <int kAtOnce = 1, class Value>
 __device__ __forceinline__ double sum_block(int64_t n, double* parts, const Value& value) {
-  double mine = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) mine += value(i);
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2)
-    mine += __shfl_xor_sync(0xffffffffu, mine, width);
+  const double mine = sum_warp(sum_strided<kAtOnce>(n, threadIdx.x, kThreads, value));
   __syncthreads();  // whoever still reads the last sum
   if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = mine;
   __syncthreads();

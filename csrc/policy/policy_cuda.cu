@@ -208,12 +208,12 @@ struct RowSlopes {
 
 // Rows of V columns in `parts` each, of kTeam threads: a warp a short row, since more of
 // its columns are then on their way to each thread.  Six blocks a processor hide the
-// memory's latency, three where a row is not the block's; doubles need more registers,
+// memory's latency, four where a row is not the block's; doubles need more registers,
 // and are for gradcheck.
 template <class T, int kTeam>
 __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2
                                             : kTeam == kThreads   ? 6
-                                                                  : 3)
+                                                                  : 4)
     grad_rows(Scores in, RowSlopes<acc_t<T>> row, T* grad, int64_t grad_n, int64_t grad_t,
               int parts) {
   using S = acc_t<T>;
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, 6) scale_rows(ScaleArgs a, int parts
 template <class S>
 __global__ void __launch_bounds__(kThreads) add_up(SumArgs a) {
   GENREC_SHARED(double, parts, kThreads);
-  const double total = sum_block(a.N, parts, [&](int64_t n) {
+  const double total = sum_block<8>(a.N, parts, [&](int64_t n) {
     return static_cast<double>(static_cast<const S*>(a.values)[n]);
   });
   if (threadIdx.x == 0) *static_cast<S*>(a.total) = static_cast<S>(total);

@@ -19,18 +19,28 @@ GENREC_HD double logp_at(const Args& a, int64_t i) {
                       : double(static_cast<const S*>(a.logps)[i]);
 }
 
-// How far candidate i's prefix of t + 1 tokens is ahead of the positive's, -inf
-// where it does not count.  The difference is taken before the temperature divides:
-// its digits are those that matter.
+// How far candidate i's token u is ahead of the positive's.
+template <class S>
+GENREC_HD double token_ahead(const PairwiseArgs& a, int64_t n, int64_t i, int64_t u) {
+  const int64_t positive = n * a.C * a.T + u;
+  return logp_at<S>(a, positive + i * a.T) - logp_at<S>(a, positive);
+}
+
+// From the sum of that over a prefix of t + 1 tokens, how far the prefix is; -inf where it
+// does not count.  The difference is taken before the temperature divides: its digits
+// are those that matter.
+template <class S>
+GENREC_HD double prefix_ahead(const PairwiseArgs& a, int64_t n, int64_t i, int64_t t, double sum) {
+  if (a.duplicates[(t * a.N + n) * a.C + i]) return -INFINITY;
+  return sum / a.factors.prefix_temperature +
+         static_cast<double>(static_cast<const S*>(a.log_scale)[t * a.N + n]);
+}
+
 template <class S>
 GENREC_HD double ahead_of_positive(const PairwiseArgs& a, int64_t n, int64_t i, int64_t t) {
-  if (a.duplicates[(t * a.N + n) * a.C + i]) return -INFINITY;
-  const int64_t positive = n * a.C * a.T, own = positive + i * a.T;
-  double difference = 0;
-  for (int64_t u = 0; u <= t; ++u)
-    difference += logp_at<S>(a, own + u) - logp_at<S>(a, positive + u);
-  return difference / a.factors.prefix_temperature +
-         static_cast<double>(static_cast<const S*>(a.log_scale)[t * a.N + n]);
+  double sum = 0;
+  for (int64_t u = 0; u <= t; ++u) sum += token_ahead<S>(a, n, i, u);
+  return prefix_ahead<S>(a, n, i, t, sum);
 }
 
 // exp(x - top); 0 for x = -inf under any top.

@@ -562,8 +562,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
     const int user = thread / levels, level = thread % levels;
     double mine = 0;
     if (user < users)
-#pragma unroll 8
-      for (int64_t n = user; n < a.N; n += users) mine += logps[n * a.T + from + level];
+      mine = sum_strided<8>(a.N, user, users, [&](int64_t n) {
+        return static_cast<double>(logps[n * a.T + from + level]);
+      });
     __syncthreads();  // whoever still reads those before
     parts[thread] = mine;
     // Each prefix's share by a thread of its own, as far as there are so many.
@@ -576,11 +577,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
       factors[thread] = shared ? factor : a.factors.of_token<S>(from + thread);
     }
     for (int t = warp; t < levels; t += kFinishThreads / kWarp) {
-      double sum = 0;
-      for (int i = lane; i < users; i += kWarp) sum += parts[i * levels + t];
-#pragma unroll
-      for (int width = kWarp / 2; width > 0; width /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, width);
+      const double sum = sum_warp(
+          sum_strided<2>(users, lane, kWarp, [&](int64_t i) { return parts[i * levels + t]; }));
       if (lane == 0) sums[t] = sum;
     }
     __syncthreads();
@@ -612,70 +610,97 @@ __global__ void __launch_bounds__(kFinishThreads) finish_rows(FinishArgs a) {
 
 // ---- pairwise ----
 
-// The largest of value(0) .. value(n - 1) and `least`, NaN where one is; as sum_block.
-template <class Value>
-__device__ __forceinline__ double max_block(int64_t n, double least, double* parts,
-                                            const Value& value) {
-  const auto larger = [](double a, double b) { return b > a || b != b ? b : a; };
-  double mine = least;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) mine = larger(mine, value(i));
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2)
-    mine = larger(mine, __shfl_xor_sync(0xffffffffu, mine, width));
-  __syncthreads();  // whoever still reads the last one
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  double most = parts[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) most = larger(most, parts[i]);
-  return most;
-}
-
-// A block a user; a thread's candidates are its own in every step, and the first of them,
-// which is mostly the only one, is looked at once a level.
+// A block a user; each of its warps takes a level, then they meet, and a thread takes
+// candidates.  What is known of a lane's first kHeld candidates it keeps.
 template <class S>
-__global__ void __launch_bounds__(kThreads) pairwise(PairwiseArgs a) {
-  GENREC_SHARED(double, parts, kThreads);
+__global__ void __launch_bounds__(kThreads, 2) pairwise(PairwiseArgs a) {
+  constexpr int kHeld = 4;
   const int64_t n = blockIdx.x;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   S* slopes = a.slopes != nullptr ? static_cast<S*>(a.slopes) + n * a.C * a.T : nullptr;
-  for (int64_t t = 0; t < a.factors.P; ++t) {
-    const int64_t first = threadIdx.x;
-    const double of_first = first < a.C ? ahead_of_positive<S>(a, n, first, t) : 0;
-    const auto ahead = [&](int64_t i) {
-      return i == first ? of_first : ahead_of_positive<S>(a, n, i, t);
-    };
-    const double top = max_block(a.C, 0, parts, [&](int64_t i) {
-      return i == 0 ? static_cast<double>(-INFINITY) : ahead(i);
-    });
-    const double others = sum_block(
-        a.C, parts, [&](int64_t i) { return i == 0 ? 0.0 : relative_power(ahead(i), top); });
+#pragma unroll 1
+  for (int64_t t = warp; t < a.factors.P; t += kWarps) {
+    double held[kHeld] = {};
+#pragma unroll 2
+    for (int64_t u = 0; u <= t; ++u)
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j)
+        if (const int64_t i = lane + j * kWarp; i < a.C) held[j] += token_ahead<S>(a, n, i, u);
+    // A duplicate counts for nothing, and the positive is ahead of itself by 0.
+    double top = 0;
+    const auto larger = [&](double x) { top = x > top || x != x ? x : top; };
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const int64_t i = lane + j * kWarp;
+      held[j] = i > 0 && i < a.C ? prefix_ahead<S>(a, n, i, t, held[j]) : -INFINITY;
+      larger(held[j]);
+    }
+#pragma unroll 1
+    for (int64_t i = lane + kHeld * kWarp; i < a.C; i += kWarp)
+      larger(ahead_of_positive<S>(a, n, i, t));
+#pragma unroll
+    for (int width = kWarp / 2; width > 0; width /= 2)
+      larger(__shfl_xor_sync(0xffffffffu, top, width));
+    double others = 0;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) others += held[j] = relative_power(held[j], top);
+#pragma unroll 1
+    for (int64_t i = lane + kHeld * kWarp; i < a.C; i += kWarp)
+      others += relative_power(ahead_of_positive<S>(a, n, i, t), top);
+    others = sum_warp(others);
     const double sum = others + exp(-top);
-    if (threadIdx.x == 0)
+    if (lane == 0)
       static_cast<S*>(a.user_levels)[t * a.N + n] =
           static_cast<S>((top == 0 ? log1p(others) : top + log(sum)) / (t + 1));
     if (slopes == nullptr) continue;
     const double slope = prefix_slope<S>(a, n, t) / sum;
-    for (int64_t i = threadIdx.x; i < a.C; i += kThreads)
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j)
+      if (const int64_t i = lane + j * kWarp; i < a.C)
+        slopes[i * a.T + t] = static_cast<S>(i == 0 ? -slope * others : slope * held[j]);
+#pragma unroll 1
+    for (int64_t i = lane + kHeld * kWarp; i < a.C; i += kWarp)
       slopes[i * a.T + t] =
-          static_cast<S>(i == 0 ? -slope * others : slope * relative_power(ahead(i), top));
+          static_cast<S>(slope * relative_power(ahead_of_positive<S>(a, n, i, t), top));
   }
-  for (int64_t i = threadIdx.x; slopes != nullptr && i < a.C; i += kThreads)
-    slopes_by_token(a, n, i, slopes + i * a.T);
+  if (slopes == nullptr) return;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < a.C; i += kThreads) slopes_by_token(a, n, i, slopes + i * a.T);
 }
 
+// One block, a warp of it a level.
 template <class S>
 __global__ void __launch_bounds__(kThreads) finish_pairs(FinishPairwiseArgs a) {
   GENREC_SHARED(double, parts, kThreads);
+  GENREC_SHARED(double, means, kWarps);
   const double users = static_cast<double>(a.N > 0 ? a.N : 1);
-  const double cross_entropy = sum_block(
-      a.N * a.T, parts, [&](int64_t i) { return -logp_at<S>(a, i / a.T * a.C * a.T + i % a.T); });
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const S* levels = static_cast<const S*>(a.user_levels);
+  double cross_entropy = 0;
+#pragma unroll 1
+  for (int64_t t = 0; t < a.T; ++t)
+    cross_entropy += sum_strided<4>(a.N, threadIdx.x, kThreads,
+                                    [&](int64_t n) { return -logp_at<S>(a, n * a.C * a.T + t); });
+  cross_entropy = sum_block(kThreads, parts, [&](int64_t) { return cross_entropy; });
   double total = a.factors.per_token * cross_entropy / users;
-  for (int64_t t = 0; t < a.factors.P; ++t) {
-    const double sum = sum_block(a.N, parts, [&](int64_t n) {
-      return static_cast<double>(static_cast<const S*>(a.user_levels)[t * a.N + n]);
-    });
-    total += a.factors.beta * static_cast<const S*>(a.factors.weights)[t] * (sum / users);
-    if (threadIdx.x == 0) static_cast<S*>(a.levels)[t] = static_cast<S>(sum / users);
+#pragma unroll 1
+  for (int64_t from = 0; from < a.factors.P; from += kWarps) {
+    const int64_t t = from + warp;
+    if (t < a.factors.P) {
+      const double mean = sum_warp(sum_strided<4>(a.N, lane, kWarp,
+                                                  [&](int64_t n) {
+                                                    return static_cast<double>(levels[t * a.N + n]);
+                                                  })) /
+                          users;
+      if (lane == 0) {
+        static_cast<S*>(a.levels)[t] = static_cast<S>(mean);
+        means[warp] = a.factors.beta * static_cast<const S*>(a.factors.weights)[t] * mean;
+      }
+    }
+    __syncthreads();
+    for (int i = 0; threadIdx.x == 0 && i < kWarps && from + i < a.factors.P; ++i)
+      total += means[i];
+    __syncthreads();
   }
   if (threadIdx.x == 0) *static_cast<S*>(a.total) = static_cast<S>(total);
 }

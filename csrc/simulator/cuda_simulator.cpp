@@ -199,7 +199,11 @@ struct Fiber {
   const void* waits_for = nullptr;
   unsigned mask = 0;  // of the lanes it waits for, 0 at a barrier
   bool fenced = false;
-  std::vector<void*> seen;  // by atomics, since its last fence
+  bool owes_wait = false;                        // has arrived at its cluster's barrier
+  unsigned turn = 0;                             // which one that was
+  std::deque<std::pair<Copy, unsigned>> copies;  // on their way, with their groups
+  unsigned group = 0;                            // of the next one
+  std::vector<void*> seen;                       // by atomics, since its last fence
   int lane() const { return index % kWarp; }
 };
 
@@ -378,6 +382,8 @@ void thread_returns() {
       missed(m->name, m->place, "lanes " + lanes(m->arrived));
   const Barrier& c = b.cluster->barrier;
   if (c.arrived > 0) missed(c.name, c.place, std::to_string(c.arrived) + " threads of the cluster");
+  if (!me.copies.empty()) fail("returned with copies on their way");
+  if (me.owes_wait) fail("returned, having arrived at the cluster's barrier without a wait for it");
   ++b.barrier.returned;
   ++b.cluster->barrier.returned;
   --b.live;
@@ -730,8 +736,8 @@ void* peer_shared(void* mine, unsigned rank, Place here) {
   fail("cluster_peer of what is not shared memory of this block, at " + text(here));
 }
 
-static int meet(Barrier& b, const char* name, bool predicate, Place here, const char* whose) {
-  Unseen unseen;
+// One more thread is at the barrier: true if it is the last.
+static bool arrive(Barrier& b, const char* name, bool predicate, Place here, const char* whose) {
   if (b.returned > 0)
     fail(std::string("waits at the ") + name + " at " + text(here) + ", but " +
          std::to_string(b.returned) + " threads of the " + whose + " have returned");
@@ -746,17 +752,20 @@ static int meet(Barrier& b, const char* name, bool predicate, Place here, const 
     b.place = here;
   }
   b.held += predicate ? 1 : 0;
+  tsan::release(&b.clocks[b.turn & 1]);
+  if (++b.arrived < static_cast<int>(b.members.size())) return false;
+  b.arrived = 0;
+  b.result = b.held;
+  ++b.turn;
+  atomics_in_a_row = 0;
+  for (Fiber* f : b.members) wake(f, &b);
+  return true;
+}
+
+static int meet(Barrier& b, const char* name, bool predicate, Place here, const char* whose) {
+  Unseen unseen;
   char* clock = &b.clocks[b.turn & 1];
-  tsan::release(clock);
-  if (++b.arrived == static_cast<int>(b.members.size())) {
-    b.arrived = 0;
-    b.result = b.held;
-    ++b.turn;
-    atomics_in_a_row = 0;
-    for (Fiber* f : b.members) wake(f, &b);
-  } else {
-    wait(&b, name, 0, here);
-  }
+  if (!arrive(b, name, predicate, here, whose)) wait(&b, name, 0, here);
   tsan::acquire(clock);
   return b.result;
 }
@@ -765,8 +774,51 @@ int block_barrier(const char* name, bool predicate, Place here) {
   return meet(current->block->barrier, name, predicate, here, "block");
 }
 
+void arrive_at_cluster(Place here) {
+  Unseen unseen;
+  Fiber& me = *current;
+  Barrier& b = me.block->cluster->barrier;
+  if (me.owes_wait) fail("arrives twice at the cluster's barrier, at " + text(here));
+  me.owes_wait = true;
+  me.turn = b.turn;
+  arrive(b, "cluster_arrive", true, here, "cluster");
+}
+
+void wait_for_cluster(Place here) {
+  Unseen unseen;
+  Fiber& me = *current;
+  Barrier& b = me.block->cluster->barrier;
+  if (!me.owes_wait)
+    fail("waits at the cluster's barrier without having arrived, at " + text(here));
+  me.owes_wait = false;
+  if (b.turn == me.turn) wait(&b, "cluster_wait", 0, here);
+  tsan::acquire(&b.clocks[me.turn & 1]);
+}
+
 void cluster_barrier(Place here) {
+  if (current->owes_wait) fail("arrives twice at the cluster's barrier, at " + text(here));
   meet(current->block->cluster->barrier, "cluster_sync", true, here, "cluster");
+}
+
+void copy_later(Copy copy, Place here) {
+  Unseen unseen;
+  if (reinterpret_cast<uintptr_t>(copy.to) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(copy.from) % 16 != 0)
+    fail("an asynchronous copy of 16 bytes that are not aligned to that, at " + text(here));
+  current->copies.emplace_back(copy, current->group);
+}
+
+void end_group() { ++current->group; }
+
+bool next_copy(Copy& copy, int newest_groups) {
+  Unseen unseen;
+  Fiber& me = *current;
+  if (me.copies.empty()) return false;
+  const auto [oldest, group] = me.copies.front();
+  if (newest_groups >= 0 && group + static_cast<unsigned>(newest_groups) >= me.group) return false;
+  me.copies.pop_front();
+  copy = oldest;
+  return true;
 }
 
 // The lanes of one mask meet in one collective; others of the warp go their own way.

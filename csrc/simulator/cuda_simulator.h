@@ -121,7 +121,18 @@ void* dynamic_shared();
 // Waits for every thread of the block, and says for how many `predicate` held.
 int block_barrier(const char* name, bool predicate, Place here);
 void cluster_barrier(Place here);
+void arrive_at_cluster(Place here);
+void wait_for_cluster(Place here);
 unsigned rank_in_cluster();
+// Asynchronous copies are made as late as may be: when their thread waits for them.
+struct Copy {
+  void* to;
+  const void* from;
+};
+void copy_later(Copy, Place here);
+void end_group();
+// The thread's oldest copy, which it now makes, but for the newest groups; -1: any.
+bool next_copy(Copy&, int newest_groups);
 void* peer_shared(void* mine, unsigned rank, Place here);
 
 // Waits for the lanes of `mask`; `all` gets each one's value.
@@ -219,6 +230,15 @@ inline uint16_t float_to_half(float x) {
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
   return genrec::simulator::set_dynamic_shared(reinterpret_cast<const void*>(kernel), value);
+}
+
+// One block a processor, whatever it asks for, and no processor left over.
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*)(P...),
+                                           const cudaLaunchConfig_t* config) {
+  const cudaError_t code = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, 0);
+  if (config->numAttrs > 0) *count /= static_cast<int>(config->attrs[0].val.clusterDim.x);
+  return code;
 }
 
 template <class... P>
@@ -422,6 +442,21 @@ namespace genrec::cuda {
 
 inline unsigned cluster_rank() { return simulator::rank_in_cluster(); }
 inline void cluster_sync(GENREC_HERE) { simulator::cluster_barrier(here); }
+inline void cluster_arrive(GENREC_HERE) { simulator::arrive_at_cluster(here); }
+inline void cluster_wait(GENREC_HERE) { simulator::wait_for_cluster(here); }
+inline void copy_async(void* to, const void* from, GENREC_HERE) {
+  simulator::copy_later({to, from}, here);
+}
+inline void commit_copies() { simulator::end_group(); }
+inline void make_copies(int newest_groups) {
+  for (simulator::Copy c; simulator::next_copy(c, newest_groups);)
+    *static_cast<uint4*>(c.to) = *static_cast<const uint4*>(c.from);
+}
+template <int kNewest>
+void wait_for_copies_but() {
+  make_copies(kNewest);
+}
+inline void wait_for_copies() { make_copies(-1); }
 template <class T>
 T* cluster_peer(T* shared, unsigned rank, GENREC_HERE) {
   return static_cast<T*>(simulator::peer_shared(shared, rank, here));

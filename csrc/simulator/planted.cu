@@ -364,6 +364,64 @@ int run_cluster() {
   return verdict(code, right);
 }
 
+// The barrier in two halves.
+enum class Halves { both, wait_alone, arrive_twice, arrive_alone, read_between };
+
+__global__ void sum_in_halves(int* out, Halves halves) {
+  GENREC_SHARED(int, mine, 1);
+  if (threadIdx.x == 0) mine[0] = static_cast<int>(cluster_rank()) + 1;
+  if (halves != Halves::wait_alone) cluster_arrive();
+  if (halves == Halves::arrive_twice) cluster_arrive();
+  if (halves == Halves::arrive_alone) return;
+  int sum = 0;
+  const auto add_up = [&] {
+    for (unsigned r = 0; r < 4; ++r) sum += *cluster_peer(mine, r);
+  };
+  if (halves == Halves::read_between) add_up();
+  cluster_wait();
+  if (halves != Halves::read_between) add_up();
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  cluster_sync();
+}
+
+template <Halves kHalves>
+int run_halves_of_a_barrier() {
+  auto out = array<int>(8);
+  const int code = launch(sum_in_halves, with_cluster(8, 64, 4), out.get(), kHalves);
+  bool right = true;
+  for (int b = 0; b < 8; ++b) right = right && out[b] == 10;
+  return verdict(code, right);
+}
+
+// Two groups of asynchronous copies, of which each thread reads what it has copied itself.
+enum class Copies { waited_for, read_too_early, unaligned, left_behind };
+
+__global__ void copy_in_groups(const float* in, float* out, Copies copies) {
+  GENREC_SHARED(float4, s, 128);
+  const unsigned t = threadIdx.x;
+  for (unsigned half = 0; half < 2; ++half) {
+    copy_async(s + 64 * half + t, in + 4 * (64 * half + t) + (copies == Copies::unaligned));
+    commit_copies();
+  }
+  if (copies == Copies::read_too_early)
+    wait_for_copies_but<2>();
+  else
+    wait_for_copies_but<1>();
+  out[t] = s[t].x;
+  if (copies != Copies::left_behind) wait_for_copies();
+  out[64 + t] = s[64 + t].x;
+}
+
+template <Copies kCopies>
+int run_copies() {
+  auto in = array<float>(4 * 128 + 4), out = array<float>(128);
+  for (int i = 0; i < 4 * 128; ++i) in[i] = static_cast<float>(i);
+  const int code = launch(copy_in_groups, {1, 64}, in.get(), out.get(), kCopies);
+  bool right = true;
+  for (int i = 0; i < 128; ++i) right = right && out[i] == static_cast<float>(4 * i);
+  return verdict(code, right);
+}
+
 // The pointer is made while the peer lives and used after it has ended.
 __global__ void read_after_the_end(int* out) {
   GENREC_SHARED(int, mine, 1);
@@ -590,6 +648,8 @@ const Case cases[] = {
     {"ok_dynamic_48_kib_and_more", run_dynamic<100 << 10>},
     {"ok_cluster", run_cluster<Stray::none>},
     {"ok_cluster_dynamic", run_dynamic_peer},
+    {"ok_cluster_in_halves", run_halves_of_a_barrier<Halves::both>},
+    {"ok_copies", run_copies<Copies::waited_for>},
     {"ok_sum_row", run_sum_row<Slip::none>},
     {"ok_in_place", run_in_place<true>},
     {"ok_gather", run_gather<false>},
@@ -632,6 +692,13 @@ const Case cases[] = {
     {"peer_has_left", run_read_after_the_end},
     {"peer_beyond_the_cluster", run_cluster<Stray::beyond>},
     {"cluster_barrier_skipped", run_cluster<Stray::skips_a_barrier>},
+    {"cluster_waits_alone", run_halves_of_a_barrier<Halves::wait_alone>},
+    {"cluster_arrives_twice", run_halves_of_a_barrier<Halves::arrive_twice>},
+    {"cluster_arrives_alone", run_halves_of_a_barrier<Halves::arrive_alone>},
+    {"peer_before_the_wait", run_halves_of_a_barrier<Halves::read_between>},
+    {"copy_read_too_early", run_copies<Copies::read_too_early>},
+    {"copy_unaligned", run_copies<Copies::unaligned>},
+    {"copy_left_behind", run_copies<Copies::left_behind>},
     {"cluster_not_dividing", run_shape<6, 32, 4>},
     {"cluster_too_large", run_shape<16, 32, 16>},
     {"too_many_threads", run_shape<1, 1025, 1>},

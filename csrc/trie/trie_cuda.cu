@@ -7,10 +7,11 @@
 // equal bits.  How many warps take a row depends on the users and beams of the call, and
 // the last bits of its sum with them.  There are two ways to choose:
 //
-// - `best_children`, for beam search of up to 256 beams and widths: a warp keeps the
-//   candidates of its rows in shared memory and drops those that can no longer win
-//   whenever that is full; a block sorts what its warps kept, and the blocks of a user
-//   look for the rank of their own in each other's lists.
+// - `best_children`, for beam search of up to 256 beams and widths: a warp's rows come
+//   through a ring in shared memory, so that the next is on its way while one's children
+//   are looked at; it keeps their candidates there too, and drops those that can no longer
+//   win whenever that is full; a block puts in order what its warps kept, and the blocks
+//   of a user look for the rank of their own in each other's lists.
 // - `step_users`, for wider steps and for sampling: radix selection.  A histogram of
 //   the candidates' highest digit tells where the last that is kept lies, then the next
 //   digit of those that share it, until what is kept is known exactly.  Candidates are
@@ -74,12 +75,14 @@ struct Children {
   int64_t begin, end;  // none for a dead beam and for what is no node
 };
 
-__device__ __forceinline__ Children children_of(const StepArgs& a, int64_t row) {
-  const int64_t node = a.nodes[row];
-  if (node < 0 || node >= a.level_nodes || !(a.scores[row] > -INFINITY)) return {0, 0};
+__device__ __forceinline__ Children children_of(const StepArgs& a, int64_t node, float score) {
+  if (node < 0 || node >= a.level_nodes || !(score > -INFINITY)) return {0, 0};
   const int64_t begin = a.first_child[node], end = a.first_child[node + 1];
   if (begin < 0 || end > a.next_nodes) return {0, 0};
   return {begin, end};
+}
+__device__ __forceinline__ Children children_of(const StepArgs& a, int64_t row) {
+  return children_of(a, a.nodes[row], a.scores[row]);
 }
 
 template <class T>
@@ -94,9 +97,9 @@ struct Team {
   int64_t first, step;  // its beams: first, first + step, ...
 };
 
-__device__ __forceinline__ Team team_of(const Plan& plan, int rank) {
+__device__ __forceinline__ Team team_of(const Plan& plan, int rank, int block_warps = kWarps) {
   const int bits = log2_of(plan.warps), warp = threadIdx.x / kWarp, threads = kWarp << bits;
-  const int index = warp >> bits, teams = kWarps >> bits;
+  const int index = warp >> bits, teams = block_warps >> bits;
   return {index,
           teams,
           static_cast<int>(threadIdx.x) & (threads - 1),
@@ -483,14 +486,23 @@ __global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
 }
 
 // ---- beam search in shared memory ----
+//
+// A step is short, and what a block runs it must fetch first: loops that do not stream a
+// row stay rolled, and each piece is written out in one place.
 
-constexpr int kMostBeams = kStepThreads, kMostWidth = 256;
-// A warp holds at least 1 << kWarpRoomBits candidates at a time.
+constexpr int kMostThreads = 512, kMostWarps = kMostThreads / kWarp;
+constexpr int kMostBeams = 256, kMostWidth = 256;
+// A warp holds at least 1 << kWarpRoomBits candidates at a time, and a multiple of kStride.
 constexpr int kWarpRoomBits = 8;
-constexpr int kMostRoom = kWarps * 2 * kMostWidth;
+constexpr int kStride = 4 * kWarp;
+// What a block has a list of its own for, to be put in order by counting.
+constexpr int kFew = kMostThreads;
 constexpr uint64_t kNoCandidate = ~uint64_t{0};
+// A warp's ring: its stages, of that many packs a lane, of 16 bytes.  More stages were no
+// faster.
+constexpr int kStages = 2, kStagePacks = 4, kStageBytes = kStagePacks * kWarp * 16;
 
-// A beam of this block, in shared memory.
+// A beam of this block.
 struct Beam {
   int32_t begin, count;  // its children
   float score;
@@ -499,60 +511,81 @@ struct Beam {
 // The 16-byte packs of a row's part [from, from + n), and what lies beside them.
 template <class T>
 struct RowPart {
-  static constexpr int kSize = Pack<T>::kSize, kAhead = 16 / kSize;
-  struct Batch {
-    Pack<T> packs[kAhead];
-  };
+  static constexpr int kSize = Pack<T>::kSize;
   const T* from;
   int first, packs, n;
+  int turn;  // the pack that is read first: the last ones are still in cache afterwards
 
-  __device__ RowPart(const T* row, int begin, int end) : from(row + begin), n(end - begin) {
-    const PackRange whole = packs_of(from, {0, n});
-    first = static_cast<int>(whole.first), packs = static_cast<int>(whole.count);
+  // Columns [begin, end), those before `last` being wanted again.
+  __device__ __forceinline__ RowPart(const T* row, int begin, int end, int last)
+      : from(row + begin), n(end - begin) {
+    first = static_cast<int>(before_boundary(from));
+    first = first < n ? first : n;
+    packs = (n - first) / kSize;
+    turn = (last - begin - first + kSize - 1) / kSize;
+    if (turn < 0 || turn >= packs) turn = 0;
   }
 
-  // Packs k, k + threads, ...; -inf where there is none.
-  __device__ __forceinline__ Batch load_batch(int k, int threads) const {
-    Batch batch;
+  // The pack that is read as number k.
+  __device__ __forceinline__ const T* pack(int k) const {
+    k += turn;
+    return from + first + (k < packs ? k : k - packs) * kSize;
+  }
+
+  // What lies beside the packs.
+  __device__ __forceinline__ void add_rest(Sum& sum, int thread, int threads, float rate) const {
+    const int rest = n - packs * kSize;
+#pragma unroll 1
+    for (int i = thread; i < rest; i += threads)
+      add(sum, load(from + (i < first ? i : i + packs * kSize)), rate);
+  }
+};
+
+// A warp's rows on their way through its ring in shared memory, stage by stage: a lane
+// reads there what it has copied itself.
+struct Ring {
+  unsigned char* memory;  // the lane's first pack
+  int at = 0;             // the stage that is read next, and then filled
+
+  __device__ __forceinline__ Pack<float>* stage() const {
+    return reinterpret_cast<Pack<float>*>(memory + at * kStageBytes);
+  }
+  __device__ __forceinline__ void advance() { at = (at + 1) % kStages; }
+
+  template <class T>
+  __device__ __forceinline__ void fill(const RowPart<T>& part, int k, int threads) {
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (k + j * threads < packs) {
-        batch.packs[j] = load_pack(from + first + (k + j * threads) * kSize);
+    for (int j = 0; j < kStagePacks; ++j)
+      if (k + j * threads < part.packs) copy_async(stage() + j * kWarp, part.pack(k + j * threads));
+    commit_copies();
+  }
+
+  // Adds the oldest stage, once it has come: the row's packs k, k + threads, ...
+  template <class T>
+  __device__ __forceinline__ void add_to(Sum& sum, const RowPart<T>& part, int k, int threads,
+                                         float rate) const {
+    constexpr int kSize = Pack<T>::kSize;
+    wait_for_copies_but<kStages - 1>();
+    Pack<T> packs[kStagePacks];
+    float most = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kStagePacks; ++j) {
+      if (k + j * threads < part.packs) {
+        packs[j] = load_pack(reinterpret_cast<const T*>(stage() + j * kWarp));
       } else {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) store(&batch.packs[j].v[i], -INFINITY);
+        for (int i = 0; i < kSize; ++i) store(&packs[j].v[i], -INFINITY);
       }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) most = larger_of(most, load(&packs[j].v[i]));
     }
-    return batch;
-  }
-
-  // This thread's part of the sum.  `batch` is its first one; the next is on its way
-  // while one is added.
-  __device__ __forceinline__ Sum sum(Batch batch, int thread, int threads, float rate) const {
-    Sum sum{-INFINITY, 0};
-    for (int k = thread; k < packs; k += kAhead * threads) {
-      const Batch next = load_batch(k + kAhead * threads, threads);
-      float most = -INFINITY;
+    raise(sum, most, rate);
+    // Against a top of -inf a difference is NaN for -inf too; those rows have nothing yet.
+    const float top = sum.top > -INFINITY ? sum.top : 0.f;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
+    for (int j = 0; j < kStagePacks; ++j)
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          most = larger_of(most, load(&batch.packs[j].v[i]));
-        }
-      raise(sum, most, rate);
-      // Against a top of -inf a difference is NaN for -inf too; those rows have nothing yet.
-      const float top = sum.top > -INFINITY ? sum.top : 0.f;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          sum.e += power_of_two((load(&batch.packs[j].v[i]) - top) * rate);
-      batch = next;
-    }
-    for (int i = thread; i < first; i += threads) add(sum, load(from + i), rate);
-    for (int i = first + packs * kSize + thread; i < n; i += threads)
-      add(sum, load(from + i), rate);
-    return sum;
+      for (int i = 0; i < kSize; ++i) sum.e += power_of_two((load(&packs[j].v[i]) - top) * rate);
   }
 };
 
@@ -566,160 +599,224 @@ __device__ __forceinline__ Sum merge_under_one_top(Sum a, float rate) {
   return {top, a.e};
 }
 
-// One step of a bitonic sort of list[0 .. n), n a power of two, by `threads`.
-__device__ __forceinline__ void sort_step(uint64_t* list, int n, int run, int gap, int thread,
-                                          int threads) {
-  for (int pair = thread; pair < n / 2; pair += threads) {
-    const int i = 2 * pair - (pair & (gap - 1)), j = i + gap;
-    const bool up = (i & run) == 0;
-    const uint64_t x = list[i], y = list[j];
-    if ((y < x) == up) list[i] = y, list[j] = x;
-  }
-}
-
-__device__ __forceinline__ void sort_by_block(uint64_t* list, int n) {
+// Sorts list[0 .. n), n a power of two, by a whole warp or a whole block.
+template <bool kBlock>
+__device__ __forceinline__ void sort_words(uint64_t* list, int n) {
+  const int threads = kBlock ? static_cast<int>(blockDim.x) : kWarp;
+  const int thread = static_cast<int>(threadIdx.x) & (threads - 1);
+#pragma unroll 1
   for (int run = 2; run <= n; run *= 2)
+#pragma unroll 1
     for (int gap = run / 2; gap > 0; gap /= 2) {
-      sort_step(list, n, run, gap, static_cast<int>(threadIdx.x), kStepThreads);
-      // Up to 32 apart, a warp's 32 pairs are 64 entries that no other warp touches.
-      const int next = gap > 1 ? gap / 2 : run;
-      if (gap <= kWarp && next <= kWarp)
-        __syncwarp();
-      else
+#pragma unroll 1
+      for (int pair = thread; pair < n / 2; pair += threads) {
+        const int i = 2 * pair - (pair & (gap - 1)), j = i + gap;
+        const bool up = (i & run) == 0;
+        const uint64_t x = list[i], y = list[j];
+        if ((y < x) == up) list[i] = y, list[j] = x;
+      }
+      if constexpr (kBlock)
         __syncthreads();
-    }
-  __syncthreads();
-}
-
-__device__ __forceinline__ void sort_by_warp(uint64_t* list, int n, int lane) {
-  for (int run = 2; run <= n; run *= 2)
-    for (int gap = run / 2; gap > 0; gap /= 2) {
-      sort_step(list, n, run, gap, lane, kWarp);
-      __syncwarp();
+      else
+        __syncwarp();
     }
 }
 
-// A warp's candidates: a list of `room` in shared memory, and what cannot win any more.
+__device__ __forceinline__ uint32_t key_of(uint64_t candidate) {
+  return static_cast<uint32_t>(candidate >> 32);
+}
+
+// A warp's candidates: a list of `room` in shared memory, twice the width at least, and what
+// cannot win any more.
 struct WarpList {
   uint64_t* list;
   int room, width;
   int count = 0;                  // the same in every lane
   uint64_t floor = kNoCandidate;  // what is not before it cannot win
 
-  // Adds each lane's candidate, if it has one.  Every lane is here.
-  __device__ __forceinline__ void push(uint64_t candidate, int lane) {
-    if (count + kWarp > room) {  // the best of them stay: room is twice the width
-      for (int i = count + lane; i < room; i += kWarp) list[i] = kNoCandidate;
-      __syncwarp();
-      sort_by_warp(list, room, lane);
-      if (count >= width) count = width, floor = list[width - 1];
-      __syncwarp();
+  // Adds the candidates of the lanes that have one.  Every lane is here.
+  __device__ __forceinline__ void push(bool has, uint64_t candidate, int lane) {
+    if (count + kWarp > room) {
+      thin(lane);
+      has = has && candidate < floor;
     }
-    const bool has = candidate < floor;
     const unsigned with = __ballot_sync(0xffffffffu, has);
     if (has) list[count + __popc(with & ((1u << lane) - 1u))] = candidate;
     count += __popc(with);
+    __syncwarp();
   }
-};
 
-// Leaves the best of all warps' candidates, of which warp w has counts[w] from room +
-// (w << bits) on, in order at the room's start, and returns how many of them can win.
-// Many are thinned out first: a histogram over the range of their keys tells which may
-// be among the best.  Every thread of the block is here.
-__device__ __forceinline__ int keep_best(uint64_t* room, const int* counts, int bits, int width) {
-  GENREC_SHARED(uint32_t, steps, kStepThreads);  // a thread counts one step of the range
-  GENREC_SHARED(uint32_t, warp_steps, kWarps);
-  GENREC_SHARED(uint32_t, facts, 4);  // the least key, the largest, the last step, how many
-  constexpr int kMine = kMostRoom / kStepThreads;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp,
-            lane = static_cast<int>(threadIdx.x) % kWarp;
-  int total = 0;
-  for (int i = 0; i < kWarps; ++i) total += counts[i];
-  uint64_t mine[kMine];
-#pragma unroll
-  for (int j = 0; j < kMine; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * kStepThreads;
-    const bool held = i < kWarps << bits && (i & ((1 << bits) - 1)) < counts[i >> bits];
-    mine[j] = held ? room[i] : kNoCandidate;
-  }
-  if (threadIdx.x == 0) facts[0] = ~0u, facts[1] = 0, facts[3] = 0;
-  uint32_t least = 0, last = ~0u;
-  int shift = 0;
-  const auto step_of = [&](uint64_t candidate) {
-    return (static_cast<uint32_t>(candidate >> 32) - least) >> shift;
-  };
-  if (total > 2 * width && total > 2 * kWarp) {
+  // Drops those that cannot win, until there is room again: looks for a key that at least
+  // `width` of them do not exceed, nor many more.
+  __device__ __forceinline__ void thin(int lane) {
+    const int enough = (width + room) / 2;
+#pragma unroll 1
+    for (int i = count + lane; i < room; i += kWarp) list[i] = kNoCandidate;
+    __syncwarp();
     uint32_t low = ~0u, high = 0;
-#pragma unroll
-    for (int j = 0; j < kMine; ++j) {
-      const uint32_t key = static_cast<uint32_t>(mine[j] >> 32);
-      if (mine[j] != kNoCandidate) low = key < low ? key : low, high = key > high ? key : high;
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarp) {
+      const uint32_t mine = key_of(list[i]);
+      low = mine < low ? mine : low, high = mine > high ? mine : high;
     }
     low = __reduce_min_sync(0xffffffffu, low);
     high = __reduce_max_sync(0xffffffffu, high);
-    steps[threadIdx.x] = 0;
-    __syncthreads();
-    if (lane == 0) atomicMin(&facts[0], low), atomicMax(&facts[1], high);
-    __syncthreads();
-    least = facts[0];
-    const uint32_t span = facts[1] - least;
-    shift = span < kStepThreads ? 0 : 24 - __clz(static_cast<int>(span));
+    int within = count;  // have a key of at most `high`
+#pragma unroll 1
+    while (within > enough && low < high) {
+      const uint32_t middle = low + (high - low) / 2;
+      int upto = 0;
+#pragma unroll 1
+      for (int i = lane; i < room; i += kStride)
 #pragma unroll
-    for (int j = 0; j < kMine; ++j)
-      if (mine[j] != kNoCandidate) atomicAdd(&steps[step_of(mine[j])], 1u);
+        for (int j = 0; j < kStride; j += kWarp) upto += key_of(list[i + j]) <= middle ? 1 : 0;
+      upto = __reduce_add_sync(0xffffffffu, upto);
+      if (upto < width)
+        low = middle + 1;
+      else
+        high = middle, within = upto;
+    }
+    __syncwarp();
+    if (within > enough) {  // too many have the same score
+      sort_words<false>(list, room);
+      count = width, floor = list[width - 1];
+      __syncwarp();
+      return;
+    }
+    int kept = 0;
+#pragma unroll 1
+    for (int from = 0; from < count; from += kWarp) {
+      const uint64_t mine = list[from + lane];
+      const bool keep = key_of(mine) <= high;  // never where there is none
+      const unsigned with = __ballot_sync(0xffffffffu, keep);
+      __syncwarp();  // all have read before one writes
+      if (keep) list[kept + __popc(with & ((1u << lane) - 1u))] = mine;
+      kept += __popc(with);
+      __syncwarp();
+    }
+    count = kept;
+    floor = (uint64_t{high} + 1) << 32;  // no score has the largest key
+  }
+};
+
+// Leaves the best of all warps' candidates in order at the start of `few`, or of `room`
+// where they do not fit, and returns how many of them can win; warp w's are from
+// room + (w << bits) on.  Many are thinned out first: a histogram over the range of their
+// keys tells which may be among the best.  Every thread of the block is here.
+__device__ __forceinline__ int keep_best(uint64_t*& few, uint64_t* room, const WarpList& own,
+                                         int bits) {
+  GENREC_SHARED(uint32_t, steps, kMostThreads);  // a thread counts one step of the range
+  GENREC_SHARED(int, warp_steps, kMostWarps);
+  GENREC_SHARED(uint32_t, range, 2);
+  GENREC_SHARED(int, facts, 4);  // how many there are, the last step, how many up to it, placed
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int threads = static_cast<int>(blockDim.x);
+  steps[thread] = 0;
+  if (thread == 0) range[0] = ~0u, range[1] = 0, facts[0] = 0, facts[3] = 0;
+  __syncthreads();
+  if (lane == 0) atomicAdd(&facts[0], own.count);
+  __syncthreads();
+  int count = facts[0];
+  uint32_t least = 0;
+  int shift = 0, last = INT32_MAX;
+  if (count > kFew / 2) {
+    uint32_t low = ~0u, high = 0;
+#pragma unroll 1
+    for (int i = lane; i < own.count; i += kWarp) {
+      const uint32_t key = key_of(own.list[i]);
+      low = key < low ? key : low, high = key > high ? key : high;
+    }
+    low = __reduce_min_sync(0xffffffffu, low);
+    high = __reduce_max_sync(0xffffffffu, high);
+    if (lane == 0) atomicMin(&range[0], low), atomicMax(&range[1], high);
     __syncthreads();
-    const uint32_t own = steps[threadIdx.x];
-    uint32_t upto = sum_up_to(own, lane);
+    least = range[0];
+    // As many steps as threads, each of a power of two.
+    shift = max(0, 32 - log2_of(threads) - __clz(static_cast<int>(range[1] - least)));
+#pragma unroll 1
+    for (int i = lane; i < own.count; i += kWarp)
+      atomicAdd(&steps[(key_of(own.list[i]) - least) >> shift], 1u);
+    __syncthreads();
+    const int mine = static_cast<int>(steps[thread]);
+    int upto = static_cast<int>(sum_up_to(steps[thread], lane));
     if (lane == kWarp - 1) warp_steps[warp] = upto;
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < warp; ++i) upto += warp_steps[i];
-    const uint32_t wanted = static_cast<uint32_t>(width);
-    if (upto - own < wanted && wanted <= upto) facts[2] = threadIdx.x;
+    if (upto - mine < own.width && own.width <= upto) facts[1] = thread, facts[2] = upto;
     __syncthreads();
-    last = facts[2];
-  } else {
-    __syncthreads();  // all candidates are read
+    last = facts[1], count = facts[2];
   }
-#pragma unroll
-  for (int j = 0; j < kMine; ++j) {
-    if (j * kStepThreads >= kWarps << bits) break;
-    const bool keep = mine[j] != kNoCandidate && (last == ~0u || step_of(mine[j]) <= last);
-    const unsigned with = __ballot_sync(0xffffffffu, keep);
-    if (with == 0) continue;
-    const int first = __ffs(static_cast<int>(with)) - 1;
-    uint32_t place = 0;
-    if (lane == first) place = atomicAdd(&facts[3], static_cast<uint32_t>(__popc(with)));
-    place = __shfl_sync(0xffffffffu, place, first);
-    if (keep) room[place + __popc(with & ((1u << lane) - 1u))] = mine[j];
+  if (count <= kFew) {
+    const auto kept = [&](int i) {
+      return static_cast<int>((key_of(own.list[i]) - least) >> shift) <= last;
+    };
+    int mine = 0;
+#pragma unroll 1
+    for (int i = lane; i < own.count; i += kWarp) mine += kept(i) ? 1 : 0;
+    const int upto = static_cast<int>(sum_up_to(static_cast<uint32_t>(mine), lane));
+    int place = 0;
+    if (lane == kWarp - 1) place = atomicAdd(&facts[3], upto);
+    place = __shfl_sync(0xffffffffu, place, kWarp - 1) + upto - mine;
+#pragma unroll 1
+    for (int i = lane; i < own.count; i += kWarp)
+      if (kept(i)) few[place++] = own.list[i];
   }
+  if (count > threads) {  // a wide step, or many scores are nearly alike
+    const bool fits = count <= kFew;
+    int n = kFew;
+    if (!fits) few = room, n = threads / kWarp << bits;
+#pragma unroll 1
+    for (int i = fits ? count + thread : own.count + lane; i < (fits ? n : 1 << bits);
+         i += fits ? threads : kWarp)
+      (fits ? few : own.list)[i] = kNoCandidate;
+    __syncthreads();
+    sort_words<true>(few, n);
+    return own.width;
+  }
+  // Each comes after as many as are less; several threads count for one where there are more.
+  int slots = kWarp;
+  while (slots < count) slots *= 2;
+  const int i = thread & (slots - 1), part = thread >> log2_of(slots);
+  const int each = (count * slots + threads - 1) >> log2_of(threads);
+  const int end = min((part + 1) * each, count);
+  steps[thread] = 0;
   __syncthreads();
-  const int count = static_cast<int>(facts[3]);
-  int n = 1;
-  while (n < count) n *= 2;
-  for (int i = count + static_cast<int>(threadIdx.x); i < n; i += kStepThreads)
-    room[i] = kNoCandidate;
+  const uint64_t mine = i < count ? few[i] : kNoCandidate;
+  uint32_t less = 0;
+#pragma unroll 4
+  for (int j = part * each; j < end; ++j) less += few[j] < mine ? 1 : 0;
+  atomicAdd(&steps[i], less);
   __syncthreads();
-  sort_by_block(room, n);
-  return count < width ? count : width;
+  if (part == 0 && i < count) few[steps[i]] = mine;
+  __syncthreads();
+  return min(count, own.width);
 }
 
 constexpr int kLargestCluster = 8;  // what every device with clusters grants
 
-// How many of the lists [cluster, n], each ascending, come before x, but for list `but`.
-// n is a power of two.  All lists are searched at once.
+// How many of the lists [cluster, n], each ascending, come before x, but for list `but`, in
+// which it is number `own`; or any number from `width` on, if that many do.  n is a power
+// of two.  All lists are searched at once.
 __device__ __forceinline__ int count_before(const uint64_t* lists, int cluster, int n, int but,
-                                            uint64_t x) {
-  int at[kLargestCluster] = {};
-  for (int step = n / 2; step > 0; step /= 2) {
+                                            int own, int width, uint64_t x) {
+  int at[kLargestCluster] = {}, sure = own;
+#pragma unroll 1
+  for (int step = n / 2; sure < width; step /= 2) {
+    const int ahead = step > 0 ? step : 1;  // the last round looks at the entry that is left
+    uint64_t found[kLargestCluster];
 #pragma unroll
     for (int i = 0; i < kLargestCluster; ++i)
-      if (i < cluster && lists[i * n + at[i] + step - 1] < x) at[i] += step;
-  }
-  int count = 0;
+      found[i] = lists[(i < cluster ? i : 0) * n + at[i] + ahead - 1];
+    sure = own;
 #pragma unroll
-  for (int i = 0; i < kLargestCluster; ++i)
-    if (i < cluster && i != but) count += at[i] + (lists[i * n + at[i]] < x ? 1 : 0);
-  return count;
+    for (int i = 0; i < kLargestCluster; ++i) {
+      at[i] += found[i] < x ? ahead : 0;
+      sure += i < cluster && i != but ? at[i] : 0;
+    }
+    if (step == 0) break;
+  }
+  return sure;
 }
 
 // How a block's shared memory is laid out, and the bits of a candidate's place.
@@ -728,130 +825,181 @@ struct ChildrenPlan {
   int room;   // candidates a warp holds are 1 << room
 };
 
-// Dynamic shared memory: the warps' rooms, then every block's list of a user.
+// Dynamic shared memory: the warps' rings, their rooms, then every block's list of a user.
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 3)
+__global__ void __launch_bounds__(kMostThreads, 1)
     best_children(StepArgs a, Plan plan, ChildrenPlan how) {
   GENREC_SHARED(Beam, beams, kMostBeams);
-  GENREC_SHARED(Sum, sums, kWarps);
-  GENREC_SHARED(int, counts, kWarps);
+  GENREC_SHARED(Sum, sums, kMostWarps);
   GENREC_SHARED(int, list_counts, kLargestCluster);
-  GENREC_DYNAMIC_SHARED(uint64_t, room);
-  constexpr int kAtOnce = 4;  // children of a thread whose labels are on their way
-  uint64_t* lists = room + (kWarps << how.room);
+  GENREC_SHARED(uint64_t, few, kFew);
+  GENREC_DYNAMIC_SHARED(unsigned char, memory);
+  constexpr int kAtOnce = 4;  // children of a thread whose logits are on their way
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  uint64_t* room = reinterpret_cast<uint64_t*>(memory + warps * kStages * kStageBytes);
+  uint64_t* lists = room + (warps << how.room);
   const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int cluster_bits = log2_of(plan.cluster);
   const int64_t user = blockIdx.x >> cluster_bits;
-  const Team t = team_of(plan, rank);
+  const Team t = team_of(plan, rank, warps);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int W = static_cast<int>(a.W), width = static_cast<int>(a.width);
+  const uint32_t V = static_cast<uint32_t>(a.V);
   const int mine = (W - rank + plan.cluster - 1) >> cluster_bits;  // W is at least `cluster`
   const float rate = a.inv_temperature * static_cast<float>(kLog2e);
   const bool whole = a.softmax == Softmax::vocab;
   const int begin = whole ? 0 : static_cast<int>(a.level_begin);
   const int end = whole ? static_cast<int>(a.V) : static_cast<int>(a.level_end);
+  const int wanted = whole ? static_cast<int>(a.level_end) : begin;
   const auto row_number = [&](int i) {  // of this block's beam number i
     return user * a.W + rank + static_cast<int64_t>(i) * plan.cluster;
   };
-  const auto first_of_row = [&](int i) {
-    typename RowPart<T>::Batch batch{};
-    if (a.softmax != Softmax::children && i < mine)
-      batch = RowPart<T>(row_of<T>(a, row_number(i)), begin, end).load_batch(t.thread, t.threads);
-    return batch;
+  const auto part_of_row = [&](int i) {
+    return RowPart<T>(row_of<T>(a, row_number(i)), begin, end, wanted);
   };
 
-  // The first row is on its way while the beams' children are looked up.
-  typename RowPart<T>::Batch first = first_of_row(t.index);
-  const UserFilter filter = filter_of(a.filter, user);
-  for (int i = static_cast<int>(threadIdx.x); i < mine; i += kStepThreads) {
-    const int64_t row = row_number(i);
-    const Children c = children_of(a, row);
-    // No trie has more children than columns: more than that is no run of labels.
-    const int64_t n = c.end - c.begin;
-    beams[i] = {static_cast<int32_t>(c.begin),
-                static_cast<int>(n < 0     ? 0
-                                 : n < a.V ? n
-                                           : a.V),
-                a.scores[row]};
+  if (plan.cluster > 1) cluster_arrive();  // its peers may write to this block from here on
+  // A team's lane r looks up the beam of its round r, of which there are no more than lanes.
+  // The first row, dead or not, is on its way meanwhile.
+  const int looked_up = t.index + lane * t.teams;
+  int64_t node = -1;
+  Beam of_lane{0, 0, -INFINITY};
+  if (looked_up < mine) {
+    node = a.nodes[row_number(looked_up)];
+    of_lane.score = a.scores[row_number(looked_up)];
   }
-  if (plan.cluster > 1)
-    cluster_sync();  // the peers are there to be written to
-  else
-    __syncthreads();
+  Ring ring{memory + warp * kStages * kStageBytes + lane * 16};
+  const int streamed =
+      a.softmax == Softmax::children ? 0 : (mine - t.index + t.teams - 1) / t.teams;
+  int coming_round = 0, coming_pack = 0;  // what is copied next: the round, the row's pack
+  RowPart<T> coming = part_of_row(t.index);
+  const auto fill = [&] {
+    ring.fill(coming, coming_pack + t.thread, t.threads);
+    coming_pack += kStagePacks * t.threads;
+    ring.advance();
+  };
+  int full = 0;  // stages
+#pragma unroll 1
+  for (; full < kStages && streamed > 0 && coming_pack < coming.packs; ++full) fill();
+  const Children c = children_of(a, node, of_lane.score);
+  of_lane.begin = static_cast<int32_t>(c.begin);
+  // No trie has more children than columns: more than that is no run of labels.
+  of_lane.count = static_cast<int>(c.end < c.begin ? 0 : min(c.end - c.begin, a.V));
+  if (looked_up < mine && t.thread == lane) beams[looked_up] = of_lane;
+  const auto fill_on = [&] {  // that row or the next one whose beam is not dead
+    while (coming_round < streamed && coming_pack >= coming.packs) {
+      coming_pack = 0;
+      if (++coming_round >= streamed) break;
+      if (__shfl_sync(0xffffffffu, of_lane.count, coming_round) > 0)
+        coming = part_of_row(t.index + coming_round * t.teams);
+      else
+        coming_pack = coming.packs;
+    }
+    if (coming_round < streamed)
+      fill();
+    else
+      commit_copies(), ring.advance();
+  };
+#pragma unroll 1
+  for (; full < kStages; ++full) fill_on();
+  const UserFilter filter = filter_of(a.filter, user);
 
   WarpList candidates{room + (warp << how.room), 1 << how.room, width};
   const int rounds = (mine + t.teams - 1) / t.teams;
+#pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
-    const int i = t.index + round * t.teams;
-    const Beam own = i < mine ? beams[i] : Beam{0, 0, 0};
+    const int i = t.index + round * t.teams;  // no beam has a child from `mine` on
+    const Beam own{__shfl_sync(0xffffffffu, of_lane.begin, round),
+                   __shfl_sync(0xffffffffu, of_lane.count, round),
+                   __shfl_sync(0xffffffffu, of_lane.score, round)};
+    const int64_t row = row_number(i);
+    const T* x = row_of<T>(a, row);
     // The first children's labels are on their way while the row is read.
     int32_t labels[kAtOnce];
+    float logits[kAtOnce];
+    const int32_t* from = a.labels + own.begin;
     const auto fetch_labels = [&](int at) {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int offset = at + j * t.threads + t.thread;
-        labels[j] = offset < own.count ? a.labels[int64_t{own.begin} + offset] : -1;
+        labels[j] = offset < own.count ? from[offset] : -1;
       }
+    };
+    const auto fetch_logits = [&] {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        logits[j] = static_cast<uint32_t>(labels[j]) < V ? load(x + labels[j]) : -INFINITY;
     };
     fetch_labels(0);
     Sum sum{-INFINITY, 0};
-    if (own.count > 0 && a.softmax == Softmax::children)
-      sum = sum_part<T>(a, filter, {own.begin, own.begin + int64_t{own.count}}, row_number(i), t);
-    else if (own.count > 0)
-      sum =
-          RowPart<T>(row_of<T>(a, row_number(i)), begin, end).sum(first, t.thread, t.threads, rate);
-    first = first_of_row(i + t.teams);  // the next row is, while children are looked at
+    if (round < streamed && (own.count > 0 || round == 0)) {
+      const RowPart<T> part = part_of_row(i);
+#pragma unroll 1
+      for (int k = 0; k < part.packs; k += kStagePacks * t.threads) {
+        ring.add_to(sum, part, k + t.thread, t.threads, rate);
+        fill_on();
+      }
+      part.add_rest(sum, t.thread, t.threads, rate);
+    } else if (own.count > 0) {
+      sum = sum_part<T>(a, filter, {own.begin, own.begin + int64_t{own.count}}, row, t);
+    }
+    fetch_logits();
+    fetch_labels(kAtOnce * t.threads);
     sum = merge_under_one_top(sum, rate);
     if (plan.warps > 1) {
       if (lane == 0) sums[warp] = sum;
       __syncthreads();
       sum = sums[t.index * plan.warps];
+#pragma unroll 1
       for (int other = 1; other < plan.warps; ++other)
         sum = merge(sum, sums[t.index * plan.warps + other], rate);
       __syncthreads();  // before the next round writes
     }
     // The log of the sum is not a number where a logit is NaN or +inf, or none above -inf.
     float base = -INFINITY;
-    if (own.count > 0 && sum.top > -INFINITY && sum.top < INFINITY && sum.e == sum.e)
-      base = own.score - logf(sum.e);
+    if (sum.top > -INFINITY && sum.top < INFINITY && sum.e == sum.e) base = own.score - logf(sum.e);
     if (!(base > -INFINITY)) continue;
-    const T* x = row_of<T>(a, row_number(i));
     const uint32_t place = static_cast<uint32_t>(rank + i * plan.cluster) << how.shift;
+#pragma unroll 1
     for (int at = 0; at < own.count; at += kAtOnce * t.threads) {
-      float logits[kAtOnce];
+      float now[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        logits[j] = labels[j] >= 0 && labels[j] < a.V ? load(x + labels[j]) : -INFINITY;
-      fetch_labels(at + kAtOnce * t.threads);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (at + j * t.threads >= own.count) break;
+      for (int j = 0; j < kAtOnce; ++j) now[j] = logits[j];
+      fetch_logits();
+      fetch_labels(at + 2 * kAtOnce * t.threads);
+      const int groups = min(kAtOnce, (own.count - at + t.threads - 1) / t.threads);
+#pragma unroll 1
+      for (int j = 0; j < groups; ++j) {
         const int offset = at + j * t.threads + t.thread;
         // Adding 0 makes -0 of 0, whose order would differ.
-        const float score = ((logits[j] - sum.top) * a.inv_temperature + base) + 0.f;
-        uint64_t candidate = kNoCandidate;
-        if (score > -INFINITY && may_enter(filter, int64_t{own.begin} + offset))
-          candidate = static_cast<uint64_t>(falling_key(score)) << 32 |
-                      (place | static_cast<uint32_t>(offset));
-        candidates.push(candidate, lane);
+        const float score = ((now[0] - sum.top) * a.inv_temperature + base) + 0.f;
+        const uint64_t candidate = static_cast<uint64_t>(falling_key(score)) << 32 |
+                                   (place | static_cast<uint32_t>(offset));
+        const bool has = score > -INFINITY && candidate < candidates.floor &&
+                         may_enter(filter, int64_t{own.begin} + offset);
+        if (__any_sync(0xffffffffu, has)) candidates.push(has, candidate, lane);
+#pragma unroll
+        for (int next = 0; next + 1 < kAtOnce; ++next) now[next] = now[next + 1];
       }
     }
   }
-  if (lane == 0) counts[warp] = candidates.count;
-  __syncthreads();
 
   // The block's best go to every block of the user, each of which then finds the rank of
   // its own: how many of all come before it.
-  const int count = keep_best(room, counts, how.room, width);
+  uint64_t* best = few;
+  const int count = keep_best(best, room, candidates, how.room);
   const int list = static_cast<int>(plan.list), i = static_cast<int>(threadIdx.x);
-  const uint64_t own = i < count ? room[i] : kNoCandidate;
+  const uint64_t own = i < count ? best[i] : kNoCandidate;
   const int beam = static_cast<int>(static_cast<uint32_t>(own) >> how.shift);
-  int64_t node = -1, token = -1;
+  int64_t token = -1;
+  node = -1;
   if (own != kNoCandidate) {
     node = int64_t{beams[(beam - rank) >> cluster_bits].begin} +
            (static_cast<uint32_t>(own) & ((1u << how.shift) - 1u));
     token = a.labels[node];
   }
+  if (plan.cluster > 1) cluster_wait();
+#pragma unroll 1
   for (int peer = 0; peer < plan.cluster; ++peer) {
     const unsigned p = static_cast<unsigned>(peer);
     if (i < list) (plan.cluster > 1 ? cluster_peer(lists, p) : lists)[rank * list + i] = own;
@@ -862,10 +1010,10 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   else
     __syncthreads();
   if (own != kNoCandidate) {
-    const int better = i + count_before(lists, plan.cluster, list, rank, own);
+    const int better = count_before(lists, plan.cluster, list, rank, i, width, own);
     if (better < width) {
       const int64_t o = user * a.width + better;
-      a.out_scores[o] = of_falling_key(static_cast<uint32_t>(own >> 32));
+      a.out_scores[o] = of_falling_key(key_of(own));
       a.out_parent[o] = beam;
       a.out_token[o] = token;
       a.out_node[o] = node;
@@ -873,8 +1021,10 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   }
   if (rank != 0) return;
   int found = 0;
+#pragma unroll 1
   for (int other = 0; other < plan.cluster; ++other) found += list_counts[other];
-  for (int o = found + i; o < width; o += kStepThreads) {
+#pragma unroll 1
+  for (int o = found + i; o < width; o += static_cast<int>(blockDim.x)) {
     a.out_scores[user * a.width + o] = -INFINITY;
     a.out_parent[user * a.width + o] = a.out_token[user * a.width + o] = -1;
     a.out_node[user * a.width + o] = -1;
@@ -908,46 +1058,75 @@ int64_t workspace(const StepArgs& a) {
   return states_bytes(a) + a.U * power_of_two_from(a.width) * static_cast<int64_t>(sizeof(Winner));
 }
 
-// One to eight blocks a user, of at most two a processor in all: users are few and have
-// beams to share.  More than one wave of clusters would take twice as long.
-template <class Kernel>
-Plan plan_of(const StepArgs& a, Kernel kernel) {
-  Plan plan;
+// One to eight blocks a user, of no more than `most` in all: users are few and have beams
+// to share.  All run at once, since a second wave would take as long as the first.
+// `shared(cluster)` is a block's dynamic shared memory.
+template <class Kernel, class Shared>
+Launch launch_of(const StepArgs& a, Kernel kernel, int threads, int64_t most, const Shared& shared,
+                 Plan& plan) {
   plan.list = power_of_two_from(a.width);
-  const DeviceLimits limits = device_limits();
-  if (limits.capability >= 90 && knows_clusters(kernel))
-    while (plan.cluster < kLargestCluster && 2 * plan.cluster <= a.W &&
-           2 * plan.cluster * a.U <= 2 * limits.multiprocessors)
-      plan.cluster *= 2;
+  const auto with = [&](int cluster) {
+    Launch how{a.U * cluster, threads, shared(cluster)};
+    how.cluster = cluster;
+    return how;
+  };
+  plan.cluster = 1;
+  if (device_limits().capability >= 90 && knows_clusters(kernel))
+    for (int next = 2; next <= kLargestCluster && next <= a.W && next * a.U <= most; next *= 2) {
+      if (clusters_at_once(kernel, with(next)) < a.U) break;
+      plan.cluster = next;
+    }
   const int64_t beams = (a.W + plan.cluster - 1) / plan.cluster;
-  while (plan.warps < kWarps && 2 * plan.warps * beams <= kWarps) plan.warps *= 2;
-  return plan;
+  const int warps = threads / kWarp;
+  while (plan.warps < warps && 2 * plan.warps * beams <= warps) plan.warps *= 2;
+  return with(plan.cluster);
 }
 
-template <class Kernel, class... Arguments>
-int launch_users(const StepArgs& a, const Plan& plan, size_t shared, void* stream, Kernel kernel,
-                 Arguments... more) {
-  Launch how{a.U * plan.cluster, kStepThreads, shared};
-  how.cluster = plan.cluster;
+template <class T>
+int launch_children(const StepArgs& a, int shift, void* stream) {
+  const DeviceLimits limits = device_limits();
+  constexpr int64_t kOwn = 10 << 10;  // besides, static arrays
+  ChildrenPlan children{shift, kWarpRoomBits};
+  while ((1 << children.room) < 2 * power_of_two_from(a.width)) ++children.room;
+  Plan plan;
+  const auto launch_with = [&](int threads) {
+    plan = Plan{};
+    return launch_of(
+        a, best_children<T>, threads, limits.multiprocessors,
+        [&](int cluster) {
+          const size_t words = (static_cast<size_t>(threads / kWarp) << children.room) +
+                               static_cast<size_t>(cluster * power_of_two_from(a.width));
+          return static_cast<size_t>(threads / kWarp * kStages * kStageBytes) +
+                 words * sizeof(uint64_t);
+        },
+        plan);
+  };
+  Launch how = launch_with(kMostThreads);
+  // Half the threads where their memory does not fit or they would have nothing to read.
+  constexpr int64_t kStageColumns = kStageBytes / sizeof(T);
+  const int64_t columns = a.softmax == Softmax::vocab   ? a.V
+                          : a.softmax == Softmax::level ? a.level_end - a.level_begin
+                                                        : 0;
+  const int64_t beams = (a.W + plan.cluster - 1) / plan.cluster;
+  if (static_cast<int64_t>(how.shared) + kOwn > limits.shared_per_block ||
+      beams * ((columns + kStageColumns - 1) / kStageColumns) <= kWarps)
+    how = launch_with(kStepThreads);
   how.stream = stream;
-  return launch(kernel, how, a, plan, more...);
+  return launch(best_children<T>, how, a, plan, children);
 }
 
 template <class T, bool kSampling>
 int launch_step(const StepArgs& a, void* stream) {
   if constexpr (!kSampling)
-    if (const int shift = child_bits(a); shift >= 0) {
-      const Plan plan = plan_of(a, best_children<T>);
-      ChildrenPlan how{shift, kWarpRoomBits};
-      while ((1 << how.room) < 2 * plan.list) ++how.room;
-      const size_t shared =
-          static_cast<size_t>((kWarps << how.room) + plan.cluster * plan.list) * sizeof(uint64_t);
-      return launch_users(a, plan, shared, stream, best_children<T>, how);
-    }
-  Plan plan = plan_of(a, step_users<T, kSampling>);
+    if (const int shift = child_bits(a); shift >= 0) return launch_children<T>(a, shift, stream);
+  Plan plan;
+  Launch how = launch_of(
+      a, step_users<T, kSampling>, kStepThreads, int64_t{2} * device_limits().multiprocessors,
+      [](int) { return size_t{0}; }, plan);
+  how.stream = stream;
   plan.states = static_cast<BeamState*>(a.workspace);
   plan.winners = reinterpret_cast<Winner*>(static_cast<char*>(a.workspace) + states_bytes(a));
-  return launch_users(a, plan, 0, stream, step_users<T, kSampling>);
+  return launch(step_users<T, kSampling>, how, a, plan);
 }
 
 template <class T>
