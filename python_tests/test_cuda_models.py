@@ -264,6 +264,12 @@ ELSEWHERE = torch.device("lazy", 0)
 """A device that fake tensors can be on without hardware; none of its own has a value."""
 
 
+without_a_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="this machine has a GPU, and the tests above look at that one"
+)
+
+
+@without_a_gpu
 def test_modules_follow_to_a_device_that_is_not_the_cpu():
     modules = PrefixLoss(3, 0.5), PrefixPairwiseLoss(3, 0.5), AdaptivePrefixWeights(3, 0.1)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -284,6 +290,7 @@ def test_values_are_not_lost_to_a_device_without_any():
     assert adaptive.weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
+@without_a_gpu
 @pytest.mark.parametrize("kind", ("adaptive", "fixed", "pairwise"))
 def test_losses_for_trainer_follow_to_a_device_that_is_not_the_cpu(kind, hf_losses, monkeypatch):
     H = hf_losses
