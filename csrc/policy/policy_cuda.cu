@@ -440,11 +440,11 @@ __global__ void __launch_bounds__(kThreads, 1) advantages(AdvantagesArgs a) {
   __syncthreads();
   // As `spread` has it: NaN is left out, and an empty batch has neither.
   const auto is_number = [&](int64_t n) { return out[n] == out[n]; };
-  const double count = sum_block(N, parts, [&](int64_t n) { return is_number(n) ? 1.0 : 0.0; });
+  const double count = sum_block<4>(N, parts, [&](int64_t n) { return is_number(n) ? 1.0 : 0.0; });
   const double sum =
-      sum_block(N, parts, [&](int64_t n) { return is_number(n) ? double(out[n]) : 0.0; });
+      sum_block<4>(N, parts, [&](int64_t n) { return is_number(n) ? double(out[n]) : 0.0; });
   const double mean = count > 0 ? sum / count : 0;
-  const double squares = sum_block(
+  const double squares = sum_block<4>(
       N, parts, [&](int64_t n) { return is_number(n) ? (out[n] - mean) * (out[n] - mean) : 0.0; });
   const double divisor = a.unbiased ? count - 1 : count;
   const Spread batch{mean, divisor > 0 ? sqrt(squares / divisor) : 0};

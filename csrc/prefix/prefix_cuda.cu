@@ -537,8 +537,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 1 : 3)
 template <class S>
 __global__ void __launch_bounds__(kThreads) choices(ChoicesArgs a) {
   GENREC_SHARED(double, parts, kThreads);
-  const double count = sum_block(a.in.N * a.in.T, parts,
-                                 [&](int64_t r) { return columns_of(a.in, r).n > 1 ? 1.0 : 0.0; });
+  const double count = sum_block<4>(
+      a.in.N * a.in.T, parts, [&](int64_t r) { return columns_of(a.in, r).n > 1 ? 1.0 : 0.0; });
   if (threadIdx.x == 0) *static_cast<S*>(a.count) = static_cast<S>(count > 1 ? count : 1);
 }
 
