@@ -133,7 +133,7 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
     size_t shared = 0;
     int count = 0;
   };
-  constexpr int kKnown = 16;
+  constexpr int kKnown = 64;
   thread_local Known known[kKnown];
   thread_local int oldest = 0;
   Known asked{kernel, -1, how.threads, how.cluster, how.shared, 0};
@@ -146,7 +146,7 @@ int clusters_at_once(void (*kernel)(Parameters...), const Launch& how) {
   if ((how.shared > kSurelyPlain && allow_shared(kernel, how.shared) != cudaSuccess) ||
       cudaOccupancyMaxActiveClusters(&asked.count, kernel, &with.config) != cudaSuccess) {
     cudaGetLastError();
-    return 0;
+    asked.count = 0;
   }
   known[oldest] = asked;
   oldest = (oldest + 1) % kKnown;
@@ -210,8 +210,8 @@ __device__ __forceinline__ void cluster_wait() {
 }
 
 // The same shared variable in the cluster's block of this rank.  It may be touched
-// only after a cluster_sync that this block's start precedes, and before one that
-// its end follows.
+// only after a barrier of the cluster that this block's start precedes, and before one
+// that its end follows.
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* shared, unsigned rank) {
 #if defined(GENREC_HAS_CLUSTERS)

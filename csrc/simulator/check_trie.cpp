@@ -37,11 +37,14 @@ struct Shape {
   int64_t U, W, V, width, most;  // most: the largest fan-out
 };
 // Clusters of several sizes and none, one beam, wide fan-outs, more candidates than a block
-// holds, more winners than fit shared memory, beams whose number takes two digits.
+// holds, more winners than fit shared memory, beams whose number takes two digits, more
+// candidates than a warp holds.
 constexpr Shape kLarge[] = {
-    {1, 40, 300, 50, 40}, {3, 7, 70, 9, 70},       {2, 1, 3000, 20, 3000}, {1, 70, 64, 1500, 60},
-    {5, 3, 1000, 5, 9},   {1, 16, 2100, 300, 900}, {1, 1100, 2, 1050, 2},  {1, 16, 2100, 100, 2000},
-    {1, 256, 9, 256, 9},  {70, 2, 40, 3, 40},      {3, 5, 70, 300, 70},    {1, 200, 200, 7, 180},
+    {1, 40, 300, 50, 40},     {3, 7, 70, 9, 70},        {2, 1, 3000, 20, 3000},
+    {1, 70, 64, 1500, 60},    {5, 3, 1000, 5, 9},       {1, 16, 2100, 300, 900},
+    {1, 1100, 2, 1050, 2},    {1, 16, 2100, 100, 2000}, {1, 256, 9, 256, 9},
+    {70, 2, 40, 3, 40},       {3, 5, 70, 300, 70},      {1, 200, 200, 7, 180},
+    {1, 20, 1500, 128, 1500},
 };
 constexpr int64_t kLargeShapes = sizeof kLarge / sizeof kLarge[0];
 
@@ -117,7 +120,10 @@ void check_step(Random& random, DType dtype) {
   StepArgs a;
   a.dtype = dtype;
   a.U = s.U, a.W = s.W, a.V = s.V, a.width = s.width;
-  a.sampling = random.one_in(3);
+  // The last of the large shapes: one beam has all winners, in a single warp where there are
+  // no clusters.
+  const bool crowd = random.large == kLargeShapes - 1;
+  a.sampling = !crowd && random.one_in(3);
   a.softmax = a.sampling ? Softmax::children : static_cast<Softmax>(random.below(3));
   a.level = static_cast<uint32_t>(random.below(9));
   a.seed = random.next();
@@ -125,7 +131,7 @@ void check_step(Random& random, DType dtype) {
   a.level_begin = random.below(a.V / 2 + 1);
   a.level_end = random.one_in(9) ? a.level_begin : a.V - random.below(a.V / 3 + 1);
   // One value everywhere: every score a tie, and the order by parent and node alone.
-  const bool ties = !a.sampling && (s.W > 1000 || random.one_in(4));
+  const bool ties = !crowd && !a.sampling && (s.W > 1000 || random.one_in(4));
   trial_text += "U=" + std::to_string(a.U) + " W=" + std::to_string(a.W) +
                 " V=" + std::to_string(a.V) + " width=" + std::to_string(a.width) +
                 (a.sampling ? " sampling" : "") + (ties ? " ties" : "") +
@@ -136,8 +142,9 @@ void check_step(Random& random, DType dtype) {
   Array<int32_t> first_child(a.level_nodes + 1);
   std::vector<int32_t> labels_list;
   for (int64_t node = 0; node < a.level_nodes; ++node) {
-    const int64_t fan =
-        std::min<int64_t>(a.V, ties ? (s.most > 1000 ? s.most : 3) : random.below(s.most + 1));
+    const int64_t fan = std::min<int64_t>(a.V, crowd  ? s.most
+                                               : ties ? (s.most > 1000 ? s.most : 3)
+                                                      : random.below(s.most + 1));
     std::vector<int32_t> columns;
     if (random.one_in(3)) {  // side by side
       const int64_t at = random.below(a.V - fan + 1);
@@ -169,13 +176,21 @@ void check_step(Random& random, DType dtype) {
   Array<float> scores(rows), perturbed(rows);
   Array<int64_t> nodes(rows);
   const bool special = !ties && random.one_in(3);
-  for (int64_t i = 0; i < logits.size(); ++i) logits.set(i, ties ? 0.5 : 3 * random.normal());
+  // A few values everywhere: many ties among what wins.  And one beam that has all winners.
+  const int64_t values = random.one_in(4) ? 2 + random.below(30) : 0;
+  const int64_t ahead = crowd || (!ties && random.one_in(4)) ? random.below(s.W) : -1;
+  for (int64_t i = 0; i < logits.size(); ++i)
+    logits.set(i, ties         ? 0.5
+                  : values > 0 ? 0.25 * static_cast<double>(random.below(values))
+                               : 3 * random.normal());
   for (int64_t row = 0; row < rows; ++row) {
     scores[row] = ties                ? -1.f
                   : random.one_in(11) ? -INFINITY
                                       : static_cast<float>(-9 * random.uniform());
+    if (ahead >= 0 && row % s.W != ahead) scores[row] -= 40;
+    if (crowd && row % s.W == ahead) scores[row] = -1;
     perturbed[row] = scores[row] + static_cast<float>(random.normal());
-    nodes[row] = random.one_in(7) ? -1 : random.below(a.level_nodes);
+    nodes[row] = !crowd && random.one_in(7) ? -1 : random.below(a.level_nodes);
     if (foreign && random.one_in(9)) nodes[row] = random.one_in(2) ? -5 : a.level_nodes;
     if (!special || !random.one_in(4)) continue;
     const int64_t from = lead + row * a.stride;

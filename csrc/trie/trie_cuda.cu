@@ -4,7 +4,7 @@
 // One launch a step.  A user is taken by one block, or on devices with clusters by
 // up to eight: each normalises the rows of its own beams, then all choose together.
 // A candidate is ordered by (key, parent, node), no two alike, so equal input gives
-// equal bits.  How many warps take a row depends on the users and beams of the call, and
+// equal bits.  How many warps take a row depends on the call's shape and on the device, and
 // the last bits of its sum with them.  There are two ways to choose:
 //
 // - `best_children`, for beam search of up to 256 beams and widths: a warp's rows come
@@ -495,7 +495,7 @@ constexpr int kMostBeams = 256, kMostWidth = 256;
 // A warp holds at least 1 << kWarpRoomBits candidates at a time, and a multiple of kStride.
 constexpr int kWarpRoomBits = 8;
 constexpr int kStride = 4 * kWarp;
-// What a block has a list of its own for, to be put in order by counting.
+// What a block has a list of its own for.
 constexpr int kFew = kMostThreads;
 constexpr uint64_t kNoCandidate = ~uint64_t{0};
 // A warp's ring: its stages, of that many packs a lane, of 16 bytes.  More stages were no
@@ -1058,8 +1058,9 @@ int64_t workspace(const StepArgs& a) {
   return states_bytes(a) + a.U * power_of_two_from(a.width) * static_cast<int64_t>(sizeof(Winner));
 }
 
-// One to eight blocks a user, of no more than `most` in all: users are few and have beams
-// to share.  All run at once, since a second wave would take as long as the first.
+// A block a user; or up to eight, where users are few and have beams to share.  Those are
+// no more than `most` in all and run at once, since a second wave would take as long as
+// the first.
 // `shared(cluster)` is a block's dynamic shared memory.
 template <class Kernel, class Shared>
 Launch launch_of(const StepArgs& a, Kernel kernel, int threads, int64_t most, const Shared& shared,
