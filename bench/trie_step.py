@@ -231,7 +231,7 @@ def measure(case: Case, steps: list[Step], peers: bool, quick: bool) -> dict[str
             repeats[name] = repeats_for(took, budget)
     times = interleaved({name: methods[name] for name in repeats}, repeats)
     times |= {name: quantiles([value]) for name, value in once.items()}
-    pairs = {name: methods[name] for name, _ in IN_A_ROW} | {b: methods[b] for _, b in IN_A_ROW}
+    pairs = {name: methods[name] for pair in IN_A_ROW for name in pair}
     row = interleaved(pairs, 3 if quick else 7, at_least=1.0 if quick else 5.0)
     return {
         "case": case,

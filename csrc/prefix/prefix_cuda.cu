@@ -228,10 +228,7 @@ __device__ __forceinline__ S factor_of(const RowsArgs& a, int64_t n, int64_t t, 
   double factor = lane == 0 ? a.factors.per_token : 0;
 #pragma unroll 1
   for (int64_t u = t + lane; u < a.factors.P; u += kWarp) factor += a.factors.share<S>(u);
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2)
-    factor += __shfl_xor_sync(0xffffffffu, factor, width);
-  factor *= a.outer.of_user<S>(n);
+  factor = sum_warp(factor) * a.outer.of_user<S>(n);
   if (a.beam.choices != nullptr) factor /= *static_cast<const S*>(a.beam.choices);
   return static_cast<S>(factor);
 }

@@ -68,6 +68,7 @@ __device__ __forceinline__ bool before(const Winner& a, const Winner& b) {
   if (a.parent != b.parent) return a.parent < b.parent;
   return a.node < b.node;
 }
+__device__ __forceinline__ bool before(uint64_t a, uint64_t b) { return a < b; }
 
 // ---- beams ----
 
@@ -389,19 +390,28 @@ __device__ __forceinline__ Found find_bin(uint32_t* bins, int cluster, uint32_t 
   return shared_found[0];
 }
 
-// Sorts n winners, n a power of two, in shared or in global memory.
-__device__ __forceinline__ void sort_winners(Winner* list, int64_t n) {
-  for (int64_t run = 2; run <= n; run *= 2) {
-    for (int64_t gap = run / 2; gap > 0; gap /= 2) {
-      for (int64_t pair = threadIdx.x; pair < n / 2; pair += kStepThreads) {
-        const int64_t i = 2 * pair - (pair & (gap - 1)), j = i + gap;
+// Sorts list[0 .. n), n a power of two, in shared or in global memory, by a whole warp or a
+// whole block.
+template <bool kBlock, class T, class N>
+__device__ __forceinline__ void sort_list(T* list, N n) {
+  const int threads = kBlock ? static_cast<int>(blockDim.x) : kWarp;
+  const int thread = static_cast<int>(threadIdx.x) & (threads - 1);
+#pragma unroll 1
+  for (N run = 2; run <= n; run *= 2)
+#pragma unroll 1
+    for (N gap = run / 2; gap > 0; gap /= 2) {
+#pragma unroll 1
+      for (N pair = thread; pair < n / 2; pair += threads) {
+        const N i = 2 * pair - (pair & (gap - 1)), j = i + gap;
         const bool up = (i & run) == 0;
-        const Winner x = list[i], y = list[j];
+        const T x = list[i], y = list[j];
         if (before(y, x) == up) list[i] = y, list[j] = x;
       }
-      __syncthreads();
+      if constexpr (kBlock)
+        __syncthreads();
+      else
+        __syncwarp();
     }
-  }
 }
 
 constexpr int64_t kSharedList = 1024;
@@ -471,7 +481,7 @@ __global__ void __launch_bounds__(kStepThreads, kSampling ? 2 : 4)
   }
   __syncthreads();
   if (fits) list = sorted;
-  sort_winners(list, n);
+  sort_list<true>(list, n);
   for (int64_t i = threadIdx.x; i < a.width; i += kStepThreads) {
     const int64_t o = user * a.width + i;
     const bool real = i < kept;
@@ -599,29 +609,6 @@ __device__ __forceinline__ Sum merge_under_one_top(Sum a, float rate) {
   return {top, a.e};
 }
 
-// Sorts list[0 .. n), n a power of two, by a whole warp or a whole block.
-template <bool kBlock>
-__device__ __forceinline__ void sort_words(uint64_t* list, int n) {
-  const int threads = kBlock ? static_cast<int>(blockDim.x) : kWarp;
-  const int thread = static_cast<int>(threadIdx.x) & (threads - 1);
-#pragma unroll 1
-  for (int run = 2; run <= n; run *= 2)
-#pragma unroll 1
-    for (int gap = run / 2; gap > 0; gap /= 2) {
-#pragma unroll 1
-      for (int pair = thread; pair < n / 2; pair += threads) {
-        const int i = 2 * pair - (pair & (gap - 1)), j = i + gap;
-        const bool up = (i & run) == 0;
-        const uint64_t x = list[i], y = list[j];
-        if ((y < x) == up) list[i] = y, list[j] = x;
-      }
-      if constexpr (kBlock)
-        __syncthreads();
-      else
-        __syncwarp();
-    }
-}
-
 __device__ __forceinline__ uint32_t key_of(uint64_t candidate) {
   return static_cast<uint32_t>(candidate >> 32);
 }
@@ -640,6 +627,10 @@ struct WarpList {
       thin(lane);
       has = has && candidate < floor;
     }
+    append(has, candidate, lane);
+  }
+
+  __device__ __forceinline__ void append(bool has, uint64_t candidate, int lane) {
     const unsigned with = __ballot_sync(0xffffffffu, has);
     if (has) list[count + __popc(with & ((1u << lane) - 1u))] = candidate;
     count += __popc(with);
@@ -678,23 +669,19 @@ struct WarpList {
     }
     __syncwarp();
     if (within > enough) {  // too many have the same score
-      sort_words<false>(list, room);
+      sort_list<false>(list, room);
       count = width, floor = list[width - 1];
       __syncwarp();
       return;
     }
-    int kept = 0;
+    const int full = count;
+    count = 0;
 #pragma unroll 1
-    for (int from = 0; from < count; from += kWarp) {
+    for (int from = 0; from < full; from += kWarp) {
       const uint64_t mine = list[from + lane];
-      const bool keep = key_of(mine) <= high;  // never where there is none
-      const unsigned with = __ballot_sync(0xffffffffu, keep);
-      __syncwarp();  // all have read before one writes
-      if (keep) list[kept + __popc(with & ((1u << lane) - 1u))] = mine;
-      kept += __popc(with);
-      __syncwarp();
+      __syncwarp();                              // all have read before one writes
+      append(key_of(mine) <= high, mine, lane);  // never one that is none
     }
-    count = kept;
     floor = (uint64_t{high} + 1) << 32;  // no score has the largest key
   }
 };
@@ -771,7 +758,7 @@ __device__ __forceinline__ int keep_best(uint64_t*& few, uint64_t* room, const W
          i += fits ? threads : kWarp)
       (fits ? few : own.list)[i] = kNoCandidate;
     __syncthreads();
-    sort_words<true>(few, n);
+    sort_list<true>(few, n);
     return own.width;
   }
   // Each comes after as many as are less; several threads count for one where there are more.
@@ -1088,7 +1075,8 @@ int launch_children(const StepArgs& a, int shift, void* stream) {
   const DeviceLimits limits = device_limits();
   constexpr int64_t kOwn = 10 << 10;  // besides, static arrays
   ChildrenPlan children{shift, kWarpRoomBits};
-  while ((1 << children.room) < 2 * power_of_two_from(a.width)) ++children.room;
+  const int64_t list = power_of_two_from(a.width);
+  while ((1 << children.room) < 2 * list) ++children.room;
   Plan plan;
   const auto launch_with = [&](int threads) {
     plan = Plan{};
@@ -1096,7 +1084,7 @@ int launch_children(const StepArgs& a, int shift, void* stream) {
         a, best_children<T>, threads, limits.multiprocessors,
         [&](int cluster) {
           const size_t words = (static_cast<size_t>(threads / kWarp) << children.room) +
-                               static_cast<size_t>(cluster * power_of_two_from(a.width));
+                               static_cast<size_t>(cluster * list);
           return static_cast<size_t>(threads / kWarp * kStages * kStageBytes) +
                  words * sizeof(uint64_t);
         },
