@@ -26,10 +26,13 @@ ARCHITECTURES = ("80", "90", "100")
 # doubles, which are for gradcheck.
 REGISTERS = {
     "fused_sequences": 80,  # of up to 384 threads
+    "held_sequences": 120,  # a sequence's rows, and its scalar mathematics beside them
     "normalize_rows": 80,
+    "normalize_held": 64,
+    "grad_held": 80,
     "sum_parts": 64,
     "finish_rows": 64,
-    "short_rows": 80,
+    "short_rows": 98,  # of sm_100; 80 of the others
     "weighted_rows": 80,
     "choices": 40,
     "pairwise": 128,  # few blocks: a block a user
@@ -61,13 +64,16 @@ STATIC_SHARED = {
     "set_potentials": 12 << 10,
 }
 # Fewest kernels that ptxas tells of, by source.
-KERNELS = {"policy_cuda.cu": 20, "prefix_cuda.cu": 20, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
+KERNELS = {"policy_cuda.cu": 29, "prefix_cuda.cu": 20, "tokenizer_cuda.cu": 8, "trie_cuda.cu": 6}
 # Kernels that move whole rows: 16 bytes an instruction, in and out.
 WIDE_LOADS = (
     "fused_sequences",
+    "held_sequences",
     "normalize_rows",
+    "normalize_held",
     "sum_parts",
     "grad_rows",
+    "grad_held",
     "scale_rows",
     "short_rows",
     "weighted_rows",
@@ -77,7 +83,9 @@ WIDE_LOADS = (
 )
 WIDE_STORES = (
     "fused_sequences",
+    "held_sequences",
     "grad_rows",
+    "grad_held",
     "scale_rows",
     "short_rows",
     "weighted_rows",

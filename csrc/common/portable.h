@@ -5,8 +5,11 @@
 
 #if defined(__CUDACC__)
 #define GENREC_HD __host__ __device__ __forceinline__
+// A loop whose body is long: once is enough, since a GPU waits for code as for memory.
+#define GENREC_ROLLED _Pragma("unroll 1")
 #else
 // Internal linkage on purpose: these headers are compiled once an instruction
 // set, and the linker must not fold the AVX-512 copy into the baseline one.
 #define GENREC_HD __attribute__((always_inline)) inline
+#define GENREC_ROLLED
 #endif

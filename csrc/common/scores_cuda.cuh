@@ -165,11 +165,19 @@ struct RowSource {
   bool gathered;
 };
 
+// Rolled loops: this stands at the end of every kernel that writes a gradient, and a GPU waits for
+// code as it does for memory.
 template <class T>
 __device__ __forceinline__ void zero_columns(T* g, Share s, int thread, int threads) {
-  each_pack(
-      g, s, thread, threads, [&](int64_t v) { write_pack(g + v, Pack<T>{}); },
-      [&](int64_t v) { store(g + v, acc_t<T>(0)); });
+  const auto [first, packs] = packs_of(g, s);
+#pragma unroll 1
+  for (int64_t i = s.begin + thread; i < first; i += threads) store(g + i, acc_t<T>(0));
+#pragma unroll 1
+  for (int64_t k = thread; k < packs; k += threads)
+    write_pack(g + first + k * Pack<T>::kSize, Pack<T>{});
+#pragma unroll 1
+  for (int64_t i = first + packs * Pack<T>::kSize + thread; i < s.end; i += threads)
+    store(g + i, acc_t<T>(0));
 }
 
 // Writes columns s of a row's gradient; token is -1 where it moves nothing.  A

@@ -1,10 +1,11 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// A loss goes one of two ways.  Where a sequence's rows are short and fit the shared
-// memory of a block, or of a cluster of up to eight, one launch does all: rows are read
-// once, kept on the chip, and left as gradient.  Others take several launches: the rows'
-// sums, the sequences' scalar mathematics, gradient.
+// A loss goes one of three ways, by what its rows are.  Halves or floats of up to kHeldRow columns,
+// all or a range, stay in registers from the load to the gradient, in one launch.  Lists of
+// columns, doubles and somewhat longer rows that fit the shared memory of a block, or of a cluster
+// of up to eight, are kept there, in one launch too.  Others take several launches: the rows' sums,
+// the sequences' scalar mathematics, gradient; so do sequences of more rows than a cluster holds.
 //
 // How threads share a row and in which order its sum is folded depends on the number of
 // its columns and on where it starts within 16 bytes, and not on which kernel does it: the
@@ -14,6 +15,7 @@
 // No index is trusted: a token, range or column list that points outside the row is
 // treated as outside the support.  Nothing waits for the device, so every call can be
 // captured in a graph.
+#include "common/held_row_cuda.cuh"
 #include "common/scores_cuda.cuh"
 #include "policy/advantages.h"
 #include "policy/kernels.h"
@@ -141,6 +143,34 @@ __device__ __forceinline__ Partial<acc_t<T>> sum_kept(const Scores& in, const Ro
   return sum;
 }
 
+// The states of rows in registers.  Of one warp, a block has several rows and no barrier.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    normalize_held(Scores all, RowArrays<float> out, int warps) {
+  Scores in = all;
+  in.support.begin = nullptr;  // so that there is no code for lists
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int part = warps == 1 ? 0 : warp;
+  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kRowWarps} + warp : blockIdx.x;
+  if (r >= in.N * in.T) return;
+  const float rate = static_cast<float>(in.inv_temperature * kLog2e);
+  Row<T> row(in, r, r / in.T, r % in.T);
+  HeldRow<T, false> held;
+  held.load_all(row.x + row.c.first, static_cast<int>(row.c.n), part, lane);
+  row.fetch_token(in, r);
+  float tops[4];
+  held.find_tops(tops);
+  Partial<float> sum = held.template sum_warp_of<true>(tops, rate);
+  if (warps > 1) {
+    GENREC_SHARED(Partial<float>, sums, kWarps);
+    if (lane == 0) sums[warp] = sum;
+    __syncthreads();
+    if (warp > 0) return;
+    sum = merge_held<true>(sums, warps, rate, lane);
+  }
+  if (part == 0 && lane == 0) out.set(r, row.state(in, sum));
+}
+
 // The states of short rows.  Shared memory: the block's rows.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 6)
@@ -234,14 +264,51 @@ __global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2
                 static_cast<int>(threadIdx.x) % kTeam, kTeam);
 }
 
+// The same for rows in registers, without slopes by the entropy.
+template <class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(float) ? 3 : 4)
+    grad_held(Scores all, RowSlopes<float> given, T* grad, int64_t grad_n, int64_t grad_t,
+              int warps) {
+  Scores in = all;
+  in.support.begin = nullptr;  // so that there is no code for lists
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kRowWarps} + warp : blockIdx.x;
+  if (r >= in.N * in.T) return;
+  const int64_t n = r / in.T, t = r - n * in.T;
+  const RowColumns c = columns_of(in, r, t);
+  const T* x = row_of<T>(in, n, t);
+  HeldRow<T, false> held;
+  held.load_all(x + c.first, static_cast<int>(c.n), warps == 1 ? 0 : warp, lane);
+  const Normalizer<float> z{given.top[r * given.norm_stride], given.log_sum[r * given.norm_stride],
+                            0.f};
+  const RowSlope<float> slope =
+      slope_of<T>(in, c, r, z, given.by_logp[r * given.slope_stride], 0.f);
+  T* g = grad + n * grad_n + t * grad_t;
+  const bool moves = slope.a != 0.f;  // then the token is one of the row's columns
+  const int64_t column = moves ? in.tokens[r] : c.first;
+  const float own = moves ? load(x + column) : 0.f;
+  // The gradient may take the logits' memory: everybody has read before anybody writes.
+  if (warps > 1)
+    __syncthreads();
+  else
+    __syncwarp();
+  if (!moves) return zero_columns(g, {0, in.V}, held.thread, warps * kWarp);
+  held.write(
+      g, in.V, static_cast<int>(c.first), static_cast<int>(column - c.first), warps * kWarp,
+      [&](int i) { return slope.without_entropy(held.logit(i)); },
+      [&] { return slope.without_entropy(held.edge); },
+      [&] { return slope.own(own, static_cast<float>(in.inv_temperature)); });
+}
+
 // ---- sequences ----
 
 template <class S, class Row>
 __device__ __forceinline__ S mean_entropy(const SequenceArgs& q, int64_t n, const Row& entropy) {
   S sum = 0;
   int64_t count = 0;
-  for (int64_t t = 0; t < q.T; ++t)
-    if (counts(q.mask, n * q.T + t)) sum += entropy(t), ++count;
+  GENREC_ROLLED for (int64_t t = 0; t < q.T; ++t) if (counts(q.mask, n * q.T + t)) sum +=
+      entropy(t),
+      ++count;
   return count > 0 ? sum / count : S(0);
 }
 
@@ -374,6 +441,80 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
                 grad + n * grad_n + t * grad_t, share_of_bits(in.V, part, bits), lane, kWarp);
 }
 
+// How one launch takes sequences whose rows are held in registers: as FusedPlan, but that a row
+// has `warps` of a block.
+struct HeldPlan {
+  int cluster = 0;  // 0: a sequence has too many rows
+  int rows = 0, warps = 0;
+};
+
+// The whole loss in one launch, for rows in registers.  Shared memory: the sequence.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    held_sequences(Scores all, SequenceArgs q, T* grad, int64_t grad_n, int64_t grad_t,
+                   HeldPlan plan) {
+  GENREC_DYNAMIC_SHARED(unsigned char, memory);
+  GENREC_SHARED(Partial<float>, sums, kWarps);
+  Scores in = all;
+  in.support.begin = nullptr;  // so that there is no code for lists
+  const int cluster_bits = log2_of(plan.cluster);
+  const int rank = plan.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int64_t n = blockIdx.x >> cluster_bits;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = plan.warps == 1 ? warp : warp / plan.warps, part = warp - local * plan.warps;
+  const int64_t t = rank + (static_cast<int64_t>(local) << cluster_bits), r = n * in.T + t;
+  const float rate = static_cast<float>(in.inv_temperature * kLog2e);
+  const float inverse = static_cast<float>(in.inv_temperature);
+
+  const bool mine = t < in.T;
+  HeldRow<T, sizeof(T) == sizeof(float)> held;
+  Sequence<float> sequence(memory, in.T);
+  int first = 0, own = -1;  // of the row's columns, and its token's among them
+  float own_logit = 0;
+  {
+    Row<T> row;
+    if (mine) row = Row<T>(in, r, n, t);
+    first = static_cast<int>(row.c.first);
+    held.load_all(row.x + first, static_cast<int>(row.c.n), part, lane);
+    // On its way too before anything waits.
+    const int64_t column = row.counted ? in.tokens[r] : -1;
+    sequence.fetch(q, n);
+    const Token<float> token = token_of<T>(in, row.c, row.x, column);
+    if (token.held) own = static_cast<int>(column) - first;
+    own_logit = token.logit;
+  }
+  if (plan.cluster > 1) cluster_sync();  // the peers are there to be written to
+  float tops[4];
+  held.find_tops(tops);
+  Partial<float> sum = held.template sum_warp_of<true>(tops, rate);
+  if (plan.warps > 1) {
+    if (lane == 0) sums[warp] = sum;
+    __syncthreads();
+    sum = merge_held<true>(sums + (warp - part), plan.warps, rate, lane);
+  }
+  if (mine && part == 0 && lane < plan.cluster) {
+    RowState<float>* states = sequence.states;
+    if (plan.cluster > 1) states = cluster_peer(states, static_cast<unsigned>(lane));
+    states[t] = state_of(in, held.n, sum, Token<float>{0, own >= 0, own_logit});
+  }
+  if (plan.cluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+  if (threadIdx.x == 0) {
+    const SequenceResult<float> result = sequence.loss(q);
+    if (rank == 0) keep_result(q, n, result);
+  }
+  __syncthreads();
+  if (grad == nullptr || !mine) return;
+  const RowState<float> state = sequence.states[t];
+  const RowSlope<float> slope{state.z, rate, own < 0 ? 0.f : state.slope * inverse, 0.f};
+  T* g = grad + n * grad_n + t * grad_t;
+  const int threads = plan.warps * kWarp;
+  if (slope.a == 0.f) return zero_columns(g, {0, in.V}, held.thread, threads);
+  held.write_grad(g, in.V, first, slope, sum, own, own_logit, inverse, threads);
+}
+
 template <class S>
 __global__ void score_logps(SequenceArgs q, const S* logps, S* grad) {
   const int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -464,6 +605,13 @@ int parts_of_grad(int64_t columns) {
 template <class T>
 int launch_grad(const Scores& in, const RowSlopes<acc_t<T>>& row, T* grad, int64_t grad_n,
                 int64_t grad_t, void* stream) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float))
+    if (row.by_entropy == nullptr && in.support.begin == nullptr && in.V <= kHeldRow) {
+      const int warps = held_warps(in.V);
+      const Launch how = warps == 1 ? on(blocks_for(in.N * in.T, kRowWarps), kRowThreads, stream)
+                                    : on(in.N * in.T, warps * kWarp, stream);
+      return launch(grad_held<T>, how, in, row, grad, grad_n, grad_t, warps);
+    }
   const int parts = parts_of_grad(in.V);
   const int64_t units = in.N * in.T * parts;
   if (in.V <= kWarpRow)
@@ -473,11 +621,31 @@ int launch_grad(const Scores& in, const RowSlopes<acc_t<T>>& row, T* grad, int64
                 parts);
 }
 
+// Whether rows are held in registers: by what all of them have in common, so that every kernel
+// takes a row alike.  Without clusters, those of a warp, of which a block holds several.
+template <class T>
+bool holds_rows([[maybe_unused]] const Scores& in) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    if (in.support.begin != nullptr) return false;
+    if (in.V <= kWarp * kHeld) return true;
+    return in.V <= kHeldRow && device_limits().capability >= 90 &&
+           knows_clusters(held_sequences<T>);
+  }
+  return false;
+}
+
 // The states of all rows.
 template <class T>
 int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& out, void* stream) {
   const int64_t rows = in.N * in.T;
   if (rows == 0) return static_cast<int>(cudaSuccess);
+  if constexpr (sizeof(acc_t<T>) == sizeof(float))
+    if (holds_rows<T>(in)) {
+      const int warps = held_warps(in.V);
+      const Launch how = warps == 1 ? on(blocks_for(rows, kRowWarps), kRowThreads, stream)
+                                    : on(rows, warps * kWarp, stream);
+      return launch(normalize_held<T>, how, in, out, warps);
+    }
   if (in.V <= kShortRow<T>) {
     const int each = kRowWarps >> warp_bits_of(in.V);
     Launch how = on(blocks_for(rows, each), kRowThreads, stream);
@@ -519,12 +687,13 @@ int token_logps_backward(const TokenLogpsBackwardArgs& a, void* stream) {
   });
 }
 
+constexpr int kLargestCluster = 8;  // what every device with clusters grants
+
 // The smallest cluster whose blocks leave room for three others on their processor; else
 // the largest that fits at all.
 template <class T>
 FusedPlan plan_fused(const Scores& in) {
   using S = acc_t<T>;
-  constexpr int kLargestCluster = 8;  // what every device with clusters grants
   const DeviceLimits limits = device_limits();
   const int most =
       limits.capability < 90 || !knows_clusters(fused_sequences<T>) ? 1 : kLargestCluster;
@@ -549,13 +718,40 @@ FusedPlan plan_fused(const Scores& in) {
   return best;
 }
 
+// The smallest cluster whose blocks have room for a sequence's rows.
+HeldPlan plan_held(const Scores& in, bool clusters) {
+  HeldPlan plan;
+  plan.warps = held_warps(in.V);
+  for (int cluster = 1; cluster <= (clusters ? kLargestCluster : 1); cluster *= 2) {
+    const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
+    if (rows * plan.warps > kWarps) continue;
+    plan.cluster = cluster;
+    plan.rows = static_cast<int>(rows);
+    break;
+  }
+  return plan;
+}
+
 int sage_loss(const SageLossArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using S = acc_t<T>;
     S* w = static_cast<S*>(a.workspace);
     T* grad = static_cast<T*>(a.grad_logits);
-    const FusedPlan plan = plan_fused<T>(a.in);
+    bool held = false;
+    if constexpr (sizeof(S) == sizeof(float)) {
+      held = holds_rows<T>(a.in);
+      const HeldPlan plan =
+          plan_held(a.in, device_limits().capability >= 90 && knows_clusters(held_sequences<T>));
+      if (held && plan.cluster > 0) {
+        Launch how = on(a.in.N * plan.cluster, plan.rows * plan.warps * kWarp, stream);
+        how.shared = static_cast<size_t>(Sequence<S>::bytes(a.in.T));
+        how.cluster = plan.cluster;
+        return launch(held_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
+                      a.grad_stride_t, plan);
+      }
+    }
+    const FusedPlan plan = held ? FusedPlan{} : plan_fused<T>(a.in);
     if (plan.cluster > 0) {
       Launch how = on(a.in.N * plan.cluster, (plan.rows << warp_bits_of(a.in.V)) * kWarp, stream);
       how.shared = plan.shared;

@@ -37,7 +37,7 @@ GENREC_HD SequenceResult<S> sequence_loss(const SequenceArgs& a, int64_t n, S me
   const S advantage = static_cast<const S*>(a.advantages)[n];
   double sum_new = 0, sum_old = 0;
   int64_t count = 0;
-  for (int64_t t = 0; t < a.T; ++t) {
+  GENREC_ROLLED for (int64_t t = 0; t < a.T; ++t) {
     if (!counts(a.mask, n * a.T + t)) continue;
     sum_new += logp(t);
     sum_old += old[t];
@@ -52,7 +52,7 @@ GENREC_HD SequenceResult<S> sequence_loss(const SequenceArgs& a, int64_t n, S me
                              at_or<S>(a.boost, n, S(1)), k);
   if (l == -INFINITY) whole.slope = 0;
   double value = by_token ? 0 : whole.value, kl = 0, coefficient = 0, capped = 0;
-  for (int64_t t = 0; t < a.T; ++t) {
+  GENREC_ROLLED for (int64_t t = 0; t < a.T; ++t) {
     if (!counts(a.mask, n * a.T + t)) {
       slope(t, S(0));
       continue;

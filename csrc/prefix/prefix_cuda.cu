@@ -2,12 +2,13 @@
 // error code out.
 //
 // A pointwise row stands on its own: one launch reads it, finds its k-th largest if asked,
-// and leaves its gradient.  Of up to kShortRow halves or floats, threads keep it in their
+// and leaves its gradient.  Of up to kHeldRow halves or floats, threads keep it in their
 // registers; a longer one is kept in the shared memory of a block, or of a cluster of up
 // to eight, and read again where it does not fit.
 // The pairwise loss takes its log-probabilities from policy's kernels; here is what
 // lies between them and their slopes.  No index is trusted, nothing waits for the
 // device, and every sum is folded in a fixed order.
+#include "common/held_row_cuda.cuh"
 #include "common/scores_cuda.cuh"
 #include "prefix/kernels.h"
 #include "prefix/pairwise.h"
@@ -219,8 +220,6 @@ __device__ __forceinline__ S kth_largest(int64_t k, int64_t n, const Team& team,
 
 // ---- pointwise ----
 
-constexpr int kWarps = kThreads / kWarp;
-
 // What the loss of user n's token t is multiplied with, but for its weight by `beam`; the
 // whole warp is here, and a lane divides for a prefix.
 template <class S>
@@ -252,104 +251,48 @@ __device__ __forceinline__ RowSlope<S> finish_row(const RowsArgs& a, int64_t r, 
 
 // ---- rows that fit the registers ----
 
-constexpr int kHeld = 32;      // columns of a thread, besides one at an edge
 constexpr int kShortRows = 4;  // of a block, where a warp has a row
-constexpr int64_t kShortRow = int64_t{kHeld} * kThreads;
 
-// 16 bytes of numbers, each rounded to nearest even.
-template <class T>
-__device__ __forceinline__ Pack<T> rounded(const float* x) {
-  Pack<T> pack;
-#if !defined(GENREC_SIMULATOR)
-  if constexpr (std::is_same_v<T, bf16_t>) {  // two in one instruction
-    uint32_t pairs[Pack<T>::kSize / 2];
-#pragma unroll
-    for (int i = 0; i < Pack<T>::kSize / 2; ++i)
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-    std::memcpy(&pack, pairs, sizeof pack);
-  } else
-#endif
-  {
-#pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) store(&pack.v[i], x[i]);
-  }
-  return pack;
-}
-
-// Rows of all columns or a range, of halves or floats: a thread has its columns from the
-// load to the gradient, so nothing but sums goes through shared memory.  A row has up to
-// eight warps, each a run of packs; of one warp, a block has several rows and no barrier.
+// Rows of all columns or a range, of halves or floats.  Of one warp, a block has several rows
+// and no barrier.
 template <class T, bool kBeam>
-__global__ void __launch_bounds__(kThreads, 3) short_rows(RowsArgs a, int warps) {
-  static_assert(sizeof(acc_t<T>) == sizeof(float));
-  constexpr int kSize = Pack<T>::kSize, kPacks = kHeld / kSize;
+__global__ void __launch_bounds__(kThreads, kBeam ? 3 : 2) short_rows(RowsArgs a, int warps) {
   Scores in = a.in;
   in.support.begin = nullptr;  // so that there is no code for lists
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int local = warps == 1 ? warp : 0;
-  const Team team{warps == 1 ? lane : static_cast<int>(threadIdx.x), warps * kWarp, 1};
   const int64_t r = warps == 1 ? blockIdx.x * int64_t{kShortRows} + warp : blockIdx.x;
   if (r >= in.N * in.T) return;
   const float rate = static_cast<float>(in.inv_temperature * kLog2e);  // above 0
 
-  // ---- load ----
   const RowColumns c = columns_of(in, r);
   const T* x = row_of<T>(in, r);
-  const T* from = x + c.first;
-  const int first = static_cast<int>(c.first), n = static_cast<int>(c.n);
-  const int lead = static_cast<int>(bounded(before_boundary(from), 0, n));
-  const int packs = (n - lead) / kSize, tail = n - lead - packs * kSize;
-  const int pack = (warps == 1 ? 0 : warp * kPacks * kWarp) + lane;  // the first of this thread's
-  const T* body = from + lead + pack * kSize;
-  constexpr int kStep = kWarp * kSize;  // to the next
-  // As words, which are taken apart where they are used: nothing waits for a load before.
-  uint4 raw[kPacks], none;
-  Pack<T> least;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) store(&least.v[i], -INFINITY);
-  std::memcpy(&none, &least, sizeof none);
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j)
-    raw[j] = pack + j * kWarp < packs ? *reinterpret_cast<const uint4*>(body + j * kStep) : none;
-  // The columns before the first pack and after the last are fewer than a warp.
-  const int edge_at = team.thread < lead          ? team.thread
-                      : team.thread - lead < tail ? packs * kSize + team.thread
-                                                  : -1;
-  float edge = edge_at < 0 ? -INFINITY : load(from + edge_at);
+  HeldRow<T, true> row;
+  const Team team{warps == 1 ? lane : static_cast<int>(threadIdx.x), warps * kWarp, 1};
+  row.load_all(x + c.first, static_cast<int>(c.n), warps == 1 ? 0 : warp, lane);
   const int64_t column = in.tokens[r];
   // All loads are on their way before anything waits for one.
   __syncwarp();
   const int64_t user = r / in.T;
   const float factor =
       a.grad_logits == nullptr ? 0 : factor_of<float>(a, user, r - user * in.T, lane);
-  const Token<float> token = token_of<T>(in, c, x, column);
-  const int own = token.held ? static_cast<int>(token.column) - first : -1;
+  const Token<float> found = token_of<T>(in, c, x, column);
+  const int own = found.held ? static_cast<int>(column - c.first) : -1;
+  const Token<float> token{0, own >= 0, found.logit};
 
-  // ---- sum ----
-  const auto logit = [&](int i) {
-    Pack<T> words;
-    std::memcpy(&words, &raw[i / kSize], sizeof words);
-    return load(&words.v[i % kSize]);
-  };
-  constexpr int kTops = 4;
-  float tops[kTops];  // without NaN, which fmaxf leaves out
-#pragma unroll
-  for (int i = 0; i < kTops; ++i) tops[i] = i == 0 ? fmaxf(edge, -INFINITY) : -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    tops[i * kTops / kHeld] = fmaxf(tops[i * kTops / kHeld], logit(i));
-  float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  float tops[4];
+  row.find_tops(tops);
   float bound = -INFINITY;
   if constexpr (kBeam) {
     GENREC_SHARED(Selection<float>, selections, kShortRows);
     Selection<float>& selection = selections[local];
     const auto held = [&](const auto& f) {
 #pragma unroll
-      for (int j = 0; j < kPacks; ++j)
-        if (pack + j * kWarp < packs)
+      for (int j = 0; j < row.kPacks; ++j)
+        if (row.pack + j * kWarp < row.packs)
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) f(logit(j * kSize + i));
-      if (edge_at >= 0) f(edge);
+          for (int i = 0; i < row.kSize; ++i) f(row.logit(j * row.kSize + i));
+      if (row.edge_at >= 0) f(row.edge);
     };
     const auto collect = [&](float least) {  // with one wait for an atomic, not one a column
       uint32_t mine = 0;
@@ -360,74 +303,24 @@ __global__ void __launch_bounds__(kThreads, 3) short_rows(RowsArgs a, int warps)
       });
     };
     const auto in_memory = [&](const auto& f) {
-      for (int i = team.thread; i < n; i += team.threads) f(load(from + i));
+      for (int i = team.thread; i < row.n; i += team.threads) f(load(x + c.first + i));
     };
-    bound = kth_largest(a.beam.width, n, team, selection, tops, collect, in_memory);
+    bound = kth_largest(a.beam.width, row.n, team, selection, tops, collect, in_memory);
   }
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2)
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, width));
-  // -inf adds nothing, also where there is nothing else; NaN and +inf make the sum NaN.
-  const float under = top == -INFINITY ? 0.f : top;
-  edge = power_of_two((edge - under) * rate);
-  float v[kHeld], sums_of[4] = {edge, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    v[i] = power_of_two((logit(i) - under) * rate);
-    sums_of[i % 4] += v[i];
-  }
-  Partial<float> sum{top, (sums_of[0] + sums_of[1]) + (sums_of[2] + sums_of[3]), 0};
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2)
-    sum.e += __shfl_xor_sync(0xffffffffu, sum.e, width);
+  Partial<float> sum = row.template sum_warp_of<false>(tops, rate);
   if (warps > 1) {
     GENREC_SHARED(Partial<float>, sums, kWarps);
     if (lane == 0) sums[warp] = sum;
     __syncthreads();
-    sum = lane % kWarps < warps ? sums[lane % kWarps] : empty_partial<float>();
-#pragma unroll
-    for (int width = kWarps / 2; width > 0; width /= 2) {
-      const Partial<float> other{__shfl_xor_sync(0xffffffffu, sum.top, width),
-                                 __shfl_xor_sync(0xffffffffu, sum.e, width), 0};
-      sum = merge(sum, other, rate);
-    }
+    sum = merge_held<false>(sums, warps, rate, lane);
   }
 
-  // ---- gradient ----
-  const RowSlope<float> slope = finish_row(a, r, n, sum, token, bound, factor, team.thread == 0);
+  const RowSlope<float> slope = finish_row(a, r, c.n, sum, token, bound, factor, team.thread == 0);
   if (a.grad_logits == nullptr) return;
   T* g = static_cast<T*>(a.grad_logits) + r * in.V;
   if (slope.a == 0) return zero_columns(g, {0, in.V}, team.thread, team.threads);
-  // From powers under the warp's own top.
-  const float by = -slope.a * (power_of_two((top - sum.top) * rate) / sum.e);
-  T* out = g + first;
-  T* to = out + lead + pack * kSize;
-  const bool aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0;  // as the packs
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j, to += kStep) {
-    if (pack + j * kWarp >= packs) continue;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v[j * kSize + i] *= by;
-    const Pack<T> done = rounded<T>(v + j * kSize);
-    if (aligned) {
-      write_pack(to, done);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) to[i] = done.v[i];
-    }
-  }
-  if (edge_at >= 0) store(out + edge_at, edge * by);
-  // The token's column, by the thread that wrote it.
-  const int at = (own - lead) / kSize, last = lead + packs * kSize;
-  const int writer = own < lead    ? own
-                     : own >= last ? own - packs * kSize
-                                   : at / (kPacks * kWarp) * kWarp + at % kWarp;
-  if (team.thread == writer)
-    store(out + own, slope.own(token.logit, static_cast<float>(in.inv_temperature)));
-  if (n < in.V) {
-    zero_columns(g, {0, first}, team.thread, team.threads);
-    zero_columns(g, {first + n, in.V}, team.thread, team.threads);
-  }
+  row.write_grad(g, in.V, static_cast<int>(c.first), slope, sum, own, token.logit,
+                 static_cast<float>(in.inv_temperature), team.threads);
 }
 
 // ---- rows of any kind ----
@@ -738,7 +631,7 @@ RowsPlan plan_rows(const RowsArgs& a) {
 
 template <class T>
 int launch_short_rows(const RowsArgs& a, void* stream) {
-  const int warps = static_cast<int>(bounded(blocks_for(a.in.V, kWarp * kHeld), 1, kWarps));
+  const int warps = held_warps(a.in.V);
   const int64_t rows = a.in.N * a.in.T;
   const Launch how = warps == 1 ? on(blocks_for(rows, kShortRows), kShortRows * kWarp, stream)
                                 : on(rows, warps * kWarp, stream);
@@ -750,7 +643,7 @@ int rows_of(const RowsArgs& a, void* stream) {
   return by_dtype(a.in.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     if constexpr (sizeof(acc_t<T>) == sizeof(float))
-      if (a.in.support.begin == nullptr && a.in.V <= kShortRow)
+      if (a.in.support.begin == nullptr && a.in.V <= kHeldRow)
         return launch_short_rows<T>(a, stream);
     const RowsPlan plan = plan_rows<T>(a);
     const int64_t rows = a.in.N * a.in.T;
