@@ -9,14 +9,18 @@ import torch
 import genrec_ext
 from genrec_ext import reference
 
-# One block a sequence, clusters of 2, 4 and 8, then several launches; odd sizes among them.
+# Rows in registers, of one warp or several, in a block or in clusters of 2, 4 and 8; rows in the
+# shared memory of a cluster; then several launches.  Odd sizes among them.
 PATHS = {
-    "a block": (3, 4, 256),
-    "a cluster of two": (2, 4, 5_001),
-    "a cluster of four": (2, 4, 9_000),
-    "a cluster of eight": (1, 8, 11_003),
+    "in registers, a warp a row": (3, 4, 256),
+    "in registers, warps a row": (3, 2, 3_001),
+    "in registers, a cluster of two": (2, 4, 3_001),
+    "in registers, a cluster of four": (2, 4, 5_001),
+    "in registers, a cluster of eight": (1, 8, 8_192),
+    "in shared memory, a cluster of four": (2, 4, 9_000),
+    "in shared memory, a cluster of eight": (1, 8, 11_003),
     "several launches": (1, 2, 131_075),
-    "several launches of short rows": (1, 140, 5_001),
+    "several launches of rows in registers": (1, 140, 5_001),
 }
 
 
