@@ -272,7 +272,8 @@ def test_json_and_determinism(npy: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--collisions", "capacity"], "capacity: None with collisions 'capacity'"),
         (["--save-tokenizer", "nowhere/t"], "nowhere/t: its folder does not exist"),
         (["--levels", "1", "--collisions", "min_cost"], "items share all codes but the last"),
-        (["--levels", "27", "--collisions", "none"], "expected [N, L], L to 26"),
+        (["--levels", "27", "--collisions", "none"], "levels: 27 with collisions 'none'"),
+        (["--levels", "26"], "levels: 26 with collisions 'suffix'; expected 1 to 25"),
     ],
 )
 def test_option_errors(

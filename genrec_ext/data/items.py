@@ -21,6 +21,8 @@ from .readers import MAX_CODE, is_item_id, read_items, text_of
 from .tables import import_polars
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MAX_LEVELS = len(_LETTERS)
+"""Codes that an index table holds of an item."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,10 @@ def write_index(path: str | Path, ids: Sequence[str], codes: np.ndarray) -> None
     """
     target = Path(path)
     N, L = codes.shape
-    if not 1 <= L <= len(_LETTERS) or len(ids) != N:
-        raise DataError(f"{target}: codes {[N, L]} of {len(ids)} items; expected [N, L], L to 26")
+    if not 1 <= L <= MAX_LEVELS or len(ids) != N:
+        raise DataError(
+            f"{target}: codes {[N, L]} of {len(ids)} items; expected [N, L], L to {MAX_LEVELS}"
+        )
     if N and not 0 <= codes.min() <= codes.max() <= MAX_CODE:
         raise DataError(
             f"{target}: codes from {codes.min()} to {codes.max()}; expected 0 to {MAX_CODE}"

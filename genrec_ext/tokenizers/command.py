@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genrec_ext.data.items import Items, load_items, write_index
+from genrec_ext.data.items import MAX_LEVELS, Items, load_items, write_index
 from genrec_ext.ops import resolve_collisions, sid_report
 
 from .base import Tokenizer, kinds
@@ -82,6 +82,9 @@ def tokenize_items(
             f"capacity: {capacity} with collisions {collisions!r}; it belongs to 'capacity', which "
             "needs it"
         )
+    most = MAX_LEVELS - (collisions == "suffix")  # which adds one
+    if levels > most:  # before the fit, which may be long
+        raise ValueError(f"levels: {levels} with collisions {collisions!r}; expected 1 to {most}")
     for target in (out, save_tokenizer):
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise ValueError(f"{target}: its folder does not exist")
