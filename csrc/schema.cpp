@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature, "
       "bool validate) -> (Tensor logps, Tensor entropy, Tensor norm)");
   m.def(
-      "token_logps_backward(Tensor grad_logps, Tensor grad_entropy, Tensor logits, "
+      "token_logps_backward(Tensor grad_logps, Tensor? grad_entropy, Tensor logits, "
       "Tensor tokens, Tensor norm, Tensor entropy, Tensor? mask, Tensor? ranges, "
       "Tensor? columns, Tensor? column_begin, Tensor? column_end, float temperature) "
       "-> Tensor grad_logits");

@@ -213,8 +213,8 @@ RUNS = (
     ("plain", "forward", "86", 10, 8),
     ("asan", "forward", "80", 10, 4),
     ("asan", "random:5", "90", 10, 5),
-    ("tsan", "reverse", "80", 4, 6),
-    ("tsan", "random:7", "90", 4, 7),
+    ("tsan", "reverse", "80", 6, 6),
+    ("tsan", "random:7", "90", 6, 7),
 )
 
 

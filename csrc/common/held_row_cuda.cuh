@@ -1,6 +1,6 @@
 // A row of halves or floats in the registers of its threads, from the load to the gradient:
 // nothing but sums goes through shared memory.  A row has up to eight warps, each a run of
-// packs, and how many is said by V alone: who sums the same row here gets the same bits.
+// packs; how many is said by V alone, so who sums the same row here gets the same bits.
 // Torch-free.
 #pragma once
 

@@ -5,7 +5,7 @@
 
 #if defined(__CUDACC__)
 #define GENREC_HD __host__ __device__ __forceinline__
-// A loop whose body is long: once is enough, since a GPU waits for code as for memory.
+// Before a loop whose body is long, which is not unrolled: a GPU waits for code as for memory.
 #define GENREC_ROLLED _Pragma("unroll 1")
 #else
 // Internal linkage on purpose: these headers are compiled once an instruction

@@ -25,7 +25,7 @@ struct TokenLogpsBackwardArgs {
   const void* norm = nullptr;          // S [N, T, 2]
   const void* entropy = nullptr;       // S [N, T]
   const void* grad_logps = nullptr;    // S [N, T]
-  const void* grad_entropy = nullptr;  // S [N, T]
+  const void* grad_entropy = nullptr;  // S [N, T] or null: 0
   void* grad_logits = nullptr;         // like logits, contiguous
   bool grad_is_zero = false;           // CPU only: it needs no zeros outside the support
   bool grad_streamed = false;          // CPU only: it is written past the caches

@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
   return {logps, entropy, norm};
 }
 
-Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy,
+Tensor token_logps_backward(const Tensor& grad_logps, std::optional<Tensor> grad_entropy,
                             const Tensor& logits, const Tensor& tokens, const Tensor& norm,
                             const Tensor& entropy, std::optional<Tensor> mask,
                             std::optional<Tensor> ranges, std::optional<Tensor> columns,
@@ -153,11 +153,11 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
   const int64_t N = rows.scores.N, T = rows.scores.T;
   const ScalarType S = accumulate_type(rows.scores.dtype);
   require_tensor(grad_logps, "grad_logps", S, {N, T}, logits);
-  require_tensor(grad_entropy, "grad_entropy", S, {N, T}, logits);
+  if (grad_entropy) require_tensor(*grad_entropy, "grad_entropy", S, {N, T}, logits);
   require_tensor(norm, "norm", S, {N, T, 2}, logits);
   require_tensor(entropy, "entropy", S, {N, T}, logits);
   const Tensor by_logps = torch::stable::contiguous(grad_logps);
-  const Tensor by_entropy = torch::stable::contiguous(grad_entropy);
+  if (grad_entropy) grad_entropy = torch::stable::contiguous(*grad_entropy);
   const Tensor held_norm = torch::stable::contiguous(norm);
   const Tensor held_entropy = torch::stable::contiguous(entropy);
   const Gradient grad = new_gradient(logits, rows.scores);
@@ -165,7 +165,7 @@ Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& grad_entropy
                                     held_norm.const_data_ptr(),
                                     held_entropy.const_data_ptr(),
                                     by_logps.const_data_ptr(),
-                                    by_entropy.const_data_ptr(),
+                                    grad_entropy ? grad_entropy->const_data_ptr() : nullptr,
                                     grad.values.mutable_data_ptr(),
                                     grad.blank,
                                     grad.streamed};

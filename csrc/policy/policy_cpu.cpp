@@ -51,7 +51,7 @@ void token_logps_backward(const TokenLogpsBackwardArgs& a, int64_t first_n, int6
     RowState<T> state;
     state.z = {norm[0], norm[1], static_cast<const S*>(a.entropy)[r]};
     const RowSlopes<S> slope{static_cast<const S*>(a.grad_logps)[r] * inv,
-                             static_cast<const S*>(a.grad_entropy)[r] * inv};
+                             at_or<S>(a.grad_entropy, r, S(0)) * inv};
     write_grad<T>(
         in, r / in.T, r % in.T, state, slope,
         {static_cast<T*>(a.grad_logits) + r * in.V, in.V, a.grad_is_zero, a.grad_streamed});

@@ -1,16 +1,17 @@
 // CUDA kernels of the policy family.  Torch-free: raw pointers and a stream in,
 // an error code out.
 //
-// A loss goes one of three ways, by what its rows are.  Halves or floats of up to kHeldRow columns,
-// all or a range, stay in registers from the load to the gradient, in one launch.  Lists of
-// columns, doubles and somewhat longer rows that fit the shared memory of a block, or of a cluster
-// of up to eight, are kept there, in one launch too.  Others take several launches: the rows' sums,
-// the sequences' scalar mathematics, gradient; so do sequences of more rows than a cluster holds.
+// A loss goes one of three ways, by what its rows are.  Halves or floats of up to kHeldRow columns
+// (of up to a warp's, where there are no clusters), all or a range, stay in registers from the
+// load to the gradient, in one launch.  Other rows that fit the shared memory of a block, or of a
+// cluster of up to eight, are kept there, in one launch too: lists of columns, doubles, and
+// somewhat longer ones.  The rest takes several launches, the rows' sums, the sequences' scalar
+// mathematics, gradient, and so do sequences of more rows than a block or a cluster holds.
 //
-// How threads share a row and in which order its sum is folded depends on the number of
-// its columns and on where it starts within 16 bytes, and not on which kernel does it: the
-// same logits have the same log-probability in token_logps and in the loss, and the ratio
-// of a policy to itself is 1.
+// How threads share a row and in which order its sum is folded depends on V, on the row's columns
+// and where they start within 16 bytes, on the form of its support and on the device, and not on
+// which kernel does it: the same logits have the same log-probability in token_logps and in the
+// loss, and the ratio of a policy to itself is 1.
 //
 // No index is trusted: a token, range or column list that points outside the row is
 // treated as outside the support.  Nothing waits for the device, so every call can be
@@ -306,9 +307,11 @@ template <class S, class Row>
 __device__ __forceinline__ S mean_entropy(const SequenceArgs& q, int64_t n, const Row& entropy) {
   S sum = 0;
   int64_t count = 0;
-  GENREC_ROLLED for (int64_t t = 0; t < q.T; ++t) if (counts(q.mask, n * q.T + t)) sum +=
-      entropy(t),
-      ++count;
+  GENREC_ROLLED for (int64_t t = 0; t < q.T; ++t) {
+    if (!counts(q.mask, n * q.T + t)) continue;
+    sum += entropy(t);
+    ++count;
+  }
   return count > 0 ? sum / count : S(0);
 }
 
@@ -621,16 +624,18 @@ int launch_grad(const Scores& in, const RowSlopes<acc_t<T>>& row, T* grad, int64
                 parts);
 }
 
+template <class T>
+bool has_clusters() {
+  return device_limits().capability >= 90 && knows_clusters(held_sequences<T>);
+}
+
 // Whether rows are held in registers: by what all of them have in common, so that every kernel
-// takes a row alike.  Without clusters, those of a warp, of which a block holds several.
+// takes a row alike.  Without clusters, those of one warp, of which a block holds several.
 template <class T>
 bool holds_rows([[maybe_unused]] const Scores& in) {
-  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
-    if (in.support.begin != nullptr) return false;
-    if (in.V <= kWarp * kHeld) return true;
-    return in.V <= kHeldRow && device_limits().capability >= 90 &&
-           knows_clusters(held_sequences<T>);
-  }
+  if constexpr (sizeof(acc_t<T>) == sizeof(float))
+    return in.support.begin == nullptr &&
+           (in.V <= kWarp * kHeld || (in.V <= kHeldRow && has_clusters<T>()));
   return false;
 }
 
@@ -719,10 +724,12 @@ FusedPlan plan_fused(const Scores& in) {
 }
 
 // The smallest cluster whose blocks have room for a sequence's rows.
-HeldPlan plan_held(const Scores& in, bool clusters) {
+template <class T>
+HeldPlan plan_held(const Scores& in) {
   HeldPlan plan;
   plan.warps = held_warps(in.V);
-  for (int cluster = 1; cluster <= (clusters ? kLargestCluster : 1); cluster *= 2) {
+  for (int cluster = 1; cluster <= kLargestCluster; cluster *= 2) {
+    if (cluster == 2 && !has_clusters<T>()) break;
     const int64_t rows = in.T == 0 ? 1 : blocks_for(in.T, cluster);
     if (rows * plan.warps > kWarps) continue;
     plan.cluster = cluster;
@@ -738,19 +745,15 @@ int sage_loss(const SageLossArgs& a, void* stream) {
     using S = acc_t<T>;
     S* w = static_cast<S*>(a.workspace);
     T* grad = static_cast<T*>(a.grad_logits);
-    bool held = false;
-    if constexpr (sizeof(S) == sizeof(float)) {
-      held = holds_rows<T>(a.in);
-      const HeldPlan plan =
-          plan_held(a.in, device_limits().capability >= 90 && knows_clusters(held_sequences<T>));
-      if (held && plan.cluster > 0) {
+    const bool held = holds_rows<T>(a.in);
+    if constexpr (sizeof(S) == sizeof(float))
+      if (const HeldPlan plan = held ? plan_held<T>(a.in) : HeldPlan{}; plan.cluster > 0) {
         Launch how = on(a.in.N * plan.cluster, plan.rows * plan.warps * kWarp, stream);
         how.shared = static_cast<size_t>(Sequence<S>::bytes(a.in.T));
         how.cluster = plan.cluster;
         return launch(held_sequences<T>, how, a.in, a.sequence, grad, a.grad_stride_n,
                       a.grad_stride_t, plan);
       }
-    }
     const FusedPlan plan = held ? FusedPlan{} : plan_fused<T>(a.in);
     if (plan.cluster > 0) {
       Launch how = on(a.in.N * plan.cluster, (plan.rows << warp_bits_of(a.in.V)) * kWarp, stream);

@@ -30,15 +30,16 @@ void check_token_logps(Random& random, DType dtype) {
                                                           norm.data(), workspace.data()},
                                                          nullptr));
   Buffer by_logps(S, R), by_entropy(S, R), grad(dtype, R * V);
-  const bool still = random.one_in(8);
+  const bool still = random.one_in(8), with_entropy = random.one_in(2);
   for (int64_t r = 0; r < R; ++r) {
     by_logps.set(r, still || random.one_in(5) ? 0 : random.normal());
-    by_entropy.set(r, still || random.one_in(2) ? 0 : random.normal());
+    by_entropy.set(r, still || !with_entropy || random.one_in(2) ? 0 : random.normal());
   }
-  expect_success("token_logps_backward", cuda_kernels.token_logps_backward(
-                                             {rows.in, norm.data(), entropy.data(), by_logps.data(),
-                                              by_entropy.data(), grad.data()},
-                                             nullptr));
+  expect_success(
+      "token_logps_backward",
+      cuda_kernels.token_logps_backward({rows.in, norm.data(), entropy.data(), by_logps.data(),
+                                         with_entropy ? by_entropy.data() : nullptr, grad.data()},
+                                        nullptr));
   for (int64_t r = 0; r < R; ++r) {
     const Row row = define_row(rows, before, r);
     const double error = rounding(S) * (1 + (std::isfinite(row.logp) ? std::abs(row.logp) : 0));
@@ -235,6 +236,44 @@ void expect_sequence(const Sequences& q, int64_t n, const Sequence& want, double
              4 * error * (1 + std::abs(want.stats[i])));
 }
 
+// token_logps and the loss fold a row alike, whichever kernels they take: a policy's ratio to
+// itself is 1, and its mean entropy that of its tokens, to the bit.
+void check_bits(Random& random, const Rows& rows, const std::vector<double>& near) {
+  const int64_t N = rows.in.N, T = rows.in.T, R = N * T;
+  const DType S = accumulator_of(rows.in.dtype);
+  Buffer logps(S, R), entropy(S, R), norm(S, 2 * R), workspace(S, R * kWorkspace);
+  expect_success("token_logps", cuda_kernels.token_logps({rows.in, logps.data(), entropy.data(),
+                                                          norm.data(), workspace.data()},
+                                                         nullptr));
+  Sequences q = make_sequences(random, S, near, rows.mask.get(), N, T);
+  q.args.objective.objective = Objective::gspo;
+  q.args.objective.divergence = Divergence::none;
+  q.args.old_logps = logps.data();
+  q.args.ref_logps = nullptr;
+  SageLossArgs args{rows.in, q.args};
+  args.workspace = workspace.data();
+  expect_success("sage_loss", cuda_kernels.sage_loss(args, nullptr));
+  for (int64_t n = 0; n < N; ++n) {
+    double sum = 0;
+    float short_sum = 0;
+    int64_t count = 0;
+    bool finite = true;
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t r = n * T + t;
+      if (!rows.counts(r)) continue;
+      finite = finite && std::isfinite(logps[r]) && std::isfinite(entropy[r]);
+      sum += entropy[r];
+      short_sum += static_cast<float>(entropy[r]);
+      ++count;
+    }
+    if (!finite || count == 0) continue;
+    const double mean =
+        S == DType::f64 ? sum / static_cast<double>(count) : short_sum / static_cast<float>(count);
+    expect("ratio to itself", n, q.stats[n * kStats], 1, 0);
+    expect("mean entropy", n, q.stats[n * kStats + 3], mean, 0);
+  }
+}
+
 void check_sage_loss(Random& random, DType dtype) {
   const bool special = random.one_in(3);
   Rows rows = make_rows(random, dtype, special);
@@ -249,11 +288,13 @@ void check_sage_loss(Random& random, DType dtype) {
     logps.push_back(all.back().logp);
     entropies.push_back(all.back().entropy);
   }
+  check_bits(random, rows, logps);
   const Sequences q = make_sequences(random, S, logps, rows.mask.get(), N, T);
   Buffer workspace(S, R * kWorkspace), made(dtype, R * V);
   SageLossArgs args{rows.in, q.args};
   args.workspace = workspace.data();
-  const int how = static_cast<int>(random.below(4));  // 0 no gradient, 1 in place, else its own
+  // 0 no gradient, 1 in place, as half of the large ones are, else its own.
+  const int how = random.large >= 0 && random.one_in(2) ? 1 : static_cast<int>(random.below(4));
   if (how == 1) {
     args.grad_logits = rows.logits.at(rows.offset);
     args.grad_stride_n = rows.in.stride_n;

@@ -32,18 +32,23 @@ struct Rows {
 };
 
 // [N, T, V] where kernels may take another way: long rows, long sequences, both, so
-// that a sequence does or does not fit a block's shared memory or a cluster's.
-inline constexpr int64_t kLarge[][3] = {{1, 5, 4099}, {2, 3, 2049},  {1, 2, 30011},
-                                        {1, 20, 300}, {1, 11, 1030}, {2, 3, 16449},
-                                        {2, 17, 33},  {1, 140, 9},   {1, 3, 16384}};
-inline constexpr int kLargeShapes = 9;
+// that a sequence does or does not fit a block's shared memory or a cluster's, and rows in
+// registers of 1 to 8 warps, in every size of cluster, with a block less or more than full.
+// An odd number of them, so that each type sees each.
+inline constexpr int64_t kLarge[][3] = {
+    {1, 5, 4099}, {2, 3, 2049}, {1, 2, 30011}, {1, 20, 300}, {1, 11, 1030}, {2, 3, 16449},
+    {2, 17, 33},  {1, 140, 9},  {1, 3, 16384}, {1, 3, 4096}, {1, 3, 8191},  {1, 8, 8192},
+    {1, 9, 8192}, {1, 2, 7168}, {1, 2, 6144},  {1, 5, 6145}, {1, 33, 1025}, {2, 9, 1024},
+    {1, 64, 40},  {1, 65, 40},  {1, 1, 8900}};
+inline constexpr int kLargeShapes = 21;
 
 inline Rows make_rows(Random& random, DType dtype, bool special) {
   Rows rows;
   Scores& s = rows.in;
-  const int64_t widths[] = {1, 2, 3, 7, 8, 31, 33, 255, 256, 257, 1000, 1023, 1030, 2049, 4099};
+  const int64_t widths[] = {1,   2,    3,    7,    8,    31,   33,   255, 256,
+                            257, 1000, 1023, 1024, 1025, 1030, 2049, 4099};
   s.dtype = dtype;
-  s.V = widths[random.below(random.one_in(4) ? 15 : 9)];
+  s.V = widths[random.below(random.one_in(4) ? 17 : 9)];
   s.N = s.V > 1000 ? 1 + random.below(2) : random.below(5);
   s.T = s.V > 1000 ? 1 + random.below(2) : random.one_in(12) ? 0 : 1 + random.below(5);
   if (random.large >= 0) {

@@ -198,7 +198,7 @@ def _token_logps_forward_fake(logits: Tensor, tokens: Tensor, *rest: Any) -> tup
 
 
 def _token_logps_backward_fake(
-    grad_logps: Tensor, grad_entropy: Tensor, logits: Tensor, *_: Any
+    grad_logps: Tensor, grad_entropy: Tensor | None, logits: Tensor, *_: Any
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -207,14 +207,19 @@ def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
     logits, tokens, mask, *support, temperature, _validate = inputs
     _, entropy, norm = output
     ctx.mark_non_differentiable(norm)
+    ctx.set_materialize_grads(False)  # most often nothing comes in for the entropy
     ctx.temperature, ctx.inputs = temperature, len(inputs)
     ctx.save_for_backward(logits, tokens, norm, entropy, mask, *support)
 
 
 def _token_logps_grad(
-    ctx: Any, grad_logps: Tensor, grad_entropy: Tensor, _: Any
+    ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
+    if grad_logps is None and grad_entropy is None:
+        return (None,) * ctx.inputs
     logits, tokens, norm, entropy, mask, *support = ctx.saved_tensors
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(entropy)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # With create_graph: the same derivative, by operators that have one themselves.
         ranges, *columns = support
@@ -226,6 +231,8 @@ def _token_logps_grad(
             columns=None if columns[0] is None else tuple(columns),  # type: ignore[arg-type]
             temperature=ctx.temperature,
         )
+        if grad_entropy is None:
+            grad_entropy = torch.zeros_like(entropy)
         (grad,) = torch.autograd.grad(
             results, logits, (grad_logps, grad_entropy), create_graph=True
         )
