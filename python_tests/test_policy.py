@@ -137,6 +137,20 @@ def test_token_logps_gradcheck_with_every_support(ours, masked, support, tempera
     assert gradgradcheck(lambda x: ours.token_logps(x, tokens, **settings), logits)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("graph", (False, True))
+@pytest.mark.parametrize("only", (0, 1))
+def test_a_gradient_by_one_result_is_that_with_none_by_the_other(ours, only, graph, dtype):
+    logits, tokens, *_ = batch()
+    logits = logits.to(dtype).requires_grad_()
+    results = ours.token_logps(logits, tokens)
+    weights = [torch.randn_like(x) * (i == only) for i, x in enumerate(results)]
+    settings = {"retain_graph": True, "create_graph": graph}
+    (got,) = torch.autograd.grad(results[only], logits, weights[only], **settings)
+    (want,) = torch.autograd.grad(results, logits, weights, **settings)
+    assert got.abs().max() > 0 and torch.equal(got, want)
+
+
 def test_gradients_of_token_logps_with_a_graph_are_the_kernels(ours):
     logits, tokens, _, _ = batch()
     logits[0, 0, 5:] = -torch.inf  # impossible tokens beside possible ones
