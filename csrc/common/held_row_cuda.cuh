@@ -14,9 +14,25 @@ namespace {
 constexpr int kWarps = kThreads / kWarp;  // of a row, at most
 constexpr int kHeld = 32;                 // columns of a thread, besides one at an edge
 constexpr int64_t kHeldRow = int64_t{kHeld} * kThreads;
+constexpr int kHeldRows = 4;  // of a block, where a warp has a row
 
 int held_warps(int64_t V) {
-  return static_cast<int>(bounded((V + kWarp * kHeld - 1) / (kWarp * kHeld), 1, kWarps));
+  return static_cast<int>(bounded(blocks_for(V, kWarp * kHeld), 1, kWarps));
+}
+
+// A launch for rows of so many warps each, and where a thread of it is.
+Launch on_rows(int64_t rows, int warps, void* stream) {
+  return warps == 1 ? on(blocks_for(rows, kHeldRows), kHeldRows * kWarp, stream)
+                    : on(rows, warps * kWarp, stream);
+}
+struct HeldPlace {
+  int64_t r;
+  int part, lane;  // part: the warp, of those of the row
+};
+__device__ __forceinline__ HeldPlace held_place(int warps) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warps == 1) return {blockIdx.x * int64_t{kHeldRows} + warp, 0, lane};
+  return {static_cast<int64_t>(blockIdx.x), warp, lane};
 }
 
 // 16 bytes of numbers, each rounded to nearest even.

@@ -150,9 +150,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     normalize_held(Scores all, RowArrays<float> out, int warps) {
   Scores in = all;
   in.support.begin = nullptr;  // so that there is no code for lists
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int part = warps == 1 ? 0 : warp;
-  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kRowWarps} + warp : blockIdx.x;
+  const auto [r, part, lane] = held_place(warps);
   if (r >= in.N * in.T) return;
   const float rate = static_cast<float>(in.inv_temperature * kLog2e);
   Row<T> row(in, r, r / in.T, r % in.T);
@@ -164,9 +162,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   Partial<float> sum = held.template sum_warp_of<true>(tops, rate);
   if (warps > 1) {
     GENREC_SHARED(Partial<float>, sums, kWarps);
-    if (lane == 0) sums[warp] = sum;
+    if (lane == 0) sums[part] = sum;
     __syncthreads();
-    if (warp > 0) return;
+    if (part > 0) return;
     sum = merge_held<true>(sums, warps, rate, lane);
   }
   if (part == 0 && lane == 0) out.set(r, row.state(in, sum));
@@ -272,14 +270,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(float) ? 3 : 4)
               int warps) {
   Scores in = all;
   in.support.begin = nullptr;  // so that there is no code for lists
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kRowWarps} + warp : blockIdx.x;
+  const auto [r, part, lane] = held_place(warps);
   if (r >= in.N * in.T) return;
   const int64_t n = r / in.T, t = r - n * in.T;
   const RowColumns c = columns_of(in, r, t);
   const T* x = row_of<T>(in, n, t);
   HeldRow<T, false> held;
-  held.load_all(x + c.first, static_cast<int>(c.n), warps == 1 ? 0 : warp, lane);
+  held.load_all(x + c.first, static_cast<int>(c.n), part, lane);
   const Normalizer<float> z{given.top[r * given.norm_stride], given.log_sum[r * given.norm_stride],
                             0.f};
   const RowSlope<float> slope =
@@ -611,9 +608,8 @@ int launch_grad(const Scores& in, const RowSlopes<acc_t<T>>& row, T* grad, int64
   if constexpr (sizeof(acc_t<T>) == sizeof(float))
     if (row.by_entropy == nullptr && in.support.begin == nullptr && in.V <= kHeldRow) {
       const int warps = held_warps(in.V);
-      const Launch how = warps == 1 ? on(blocks_for(in.N * in.T, kRowWarps), kRowThreads, stream)
-                                    : on(in.N * in.T, warps * kWarp, stream);
-      return launch(grad_held<T>, how, in, row, grad, grad_n, grad_t, warps);
+      return launch(grad_held<T>, on_rows(in.N * in.T, warps, stream), in, row, grad, grad_n,
+                    grad_t, warps);
     }
   const int parts = parts_of_grad(in.V);
   const int64_t units = in.N * in.T * parts;
@@ -647,9 +643,7 @@ int normalize(const Scores& in, acc_t<T>* workspace, const RowArrays<acc_t<T>>& 
   if constexpr (sizeof(acc_t<T>) == sizeof(float))
     if (holds_rows<T>(in)) {
       const int warps = held_warps(in.V);
-      const Launch how = warps == 1 ? on(blocks_for(rows, kRowWarps), kRowThreads, stream)
-                                    : on(rows, warps * kWarp, stream);
-      return launch(normalize_held<T>, how, in, out, warps);
+      return launch(normalize_held<T>, on_rows(rows, warps, stream), in, out, warps);
     }
   if (in.V <= kShortRow<T>) {
     const int each = kRowWarps >> warp_bits_of(in.V);

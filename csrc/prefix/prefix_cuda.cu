@@ -251,8 +251,6 @@ __device__ __forceinline__ RowSlope<S> finish_row(const RowsArgs& a, int64_t r, 
 
 // ---- rows that fit the registers ----
 
-constexpr int kShortRows = 4;  // of a block, where a warp has a row
-
 // Rows of all columns or a range, of halves or floats.  Of one warp, a block has several rows
 // and no barrier.
 template <class T, bool kBeam>
@@ -261,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kBeam ? 3 : 2) short_rows(RowsArgs a
   in.support.begin = nullptr;  // so that there is no code for lists
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int local = warps == 1 ? warp : 0;
-  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kShortRows} + warp : blockIdx.x;
+  const int64_t r = warps == 1 ? blockIdx.x * int64_t{kHeldRows} + warp : blockIdx.x;
   if (r >= in.N * in.T) return;
   const float rate = static_cast<float>(in.inv_temperature * kLog2e);  // above 0
 
@@ -284,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBeam ? 3 : 2) short_rows(RowsArgs a
   row.find_tops(tops);
   float bound = -INFINITY;
   if constexpr (kBeam) {
-    GENREC_SHARED(Selection<float>, selections, kShortRows);
+    GENREC_SHARED(Selection<float>, selections, kHeldRows);
     Selection<float>& selection = selections[local];
     const auto held = [&](const auto& f) {
 #pragma unroll
@@ -632,9 +630,7 @@ RowsPlan plan_rows(const RowsArgs& a) {
 template <class T>
 int launch_short_rows(const RowsArgs& a, void* stream) {
   const int warps = held_warps(a.in.V);
-  const int64_t rows = a.in.N * a.in.T;
-  const Launch how = warps == 1 ? on(blocks_for(rows, kShortRows), kShortRows * kWarp, stream)
-                                : on(rows, warps * kWarp, stream);
+  const Launch how = on_rows(a.in.N * a.in.T, warps, stream);
   return a.beam.width > 0 ? launch(short_rows<T, true>, how, a, warps)
                           : launch(short_rows<T, false>, how, a, warps);
 }
