@@ -373,6 +373,22 @@ struct Sequence {
   }
 };
 
+// Once a cluster's blocks have written the states of all rows to one another: the sequence's loss,
+// by a thread of each block, and its result by the first of them.
+template <class S>
+__device__ __forceinline__ void score_shared(Sequence<S>& sequence, const SequenceArgs& q,
+                                             int64_t n, int rank, int cluster) {
+  if (cluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+  if (threadIdx.x == 0) {
+    const SequenceResult<S> result = sequence.loss(q);
+    if (rank == 0) keep_result(q, n, result);
+  }
+  __syncthreads();
+}
+
 // How one launch takes sequences: `cluster` blocks a sequence, block b of it the rows b,
 // b + cluster, ...
 struct FusedPlan {
@@ -424,15 +440,7 @@ __global__ void __launch_bounds__(kFusedThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
       (plan.cluster > 1 ? cluster_peer(sequence.states, static_cast<unsigned>(peer))
                         : sequence.states)[t] = state;
   }
-  if (plan.cluster > 1)
-    cluster_sync();
-  else
-    __syncthreads();
-  if (threadIdx.x == 0) {
-    const SequenceResult<S> result = sequence.loss(q);
-    if (rank == 0) keep_result(q, n, result);
-  }
-  __syncthreads();
+  score_shared(sequence, q, n, rank, plan.cluster);
   if (grad == nullptr || !mine) return;
   const RowState<S> state = sequence.states[t];
   const S a = row.token.held ? state.slope * static_cast<S>(in.inv_temperature) : S(0);
@@ -497,15 +505,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (plan.cluster > 1) states = cluster_peer(states, static_cast<unsigned>(lane));
     states[t] = state_of(in, held.n, sum, Token<float>{0, own >= 0, own_logit});
   }
-  if (plan.cluster > 1)
-    cluster_sync();
-  else
-    __syncthreads();
-  if (threadIdx.x == 0) {
-    const SequenceResult<float> result = sequence.loss(q);
-    if (rank == 0) keep_result(q, n, result);
-  }
-  __syncthreads();
+  score_shared(sequence, q, n, rank, plan.cluster);
   if (grad == nullptr || !mine) return;
   const RowState<float> state = sequence.states[t];
   const RowSlope<float> slope{state.z, rate, own < 0 ? 0.f : state.slope * inverse, 0.f};

@@ -40,7 +40,8 @@ inline constexpr int64_t kLarge[][3] = {
     {2, 17, 33},  {1, 140, 9},  {1, 3, 16384}, {1, 3, 4096}, {1, 3, 8191},  {1, 8, 8192},
     {1, 9, 8192}, {1, 2, 7168}, {1, 2, 6144},  {1, 5, 6145}, {1, 33, 1025}, {2, 9, 1024},
     {1, 64, 40},  {1, 65, 40},  {2, 2, 8900}};
-inline constexpr int kLargeShapes = 21;
+inline constexpr int kLargeShapes = sizeof kLarge / sizeof *kLarge;
+static_assert(kLargeShapes % 2 == 1);
 
 inline Rows make_rows(Random& random, DType dtype, bool special) {
   Rows rows;
