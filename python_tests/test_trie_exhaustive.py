@@ -47,6 +47,8 @@ class Catalogue(NamedTuple):
 def random_sizes(rng, kind):
     if kind == "wide":
         return [int(rng.choice((300, 4096, 65_536)))] + [3] * int(rng.integers(0, 2))
+    if kind == "wide below":
+        return [4, int(rng.choice((64, 700, 4096)))]
     L = int(rng.integers(1, 9))
     return [int(rng.choice((1, 1, 2, 3, 5, 17, 64, 300))) for _ in range(L)]
 
@@ -62,6 +64,10 @@ def random_codes(rng, kind, sizes):
         first = np.arange(int(rng.integers(0, 3)), sizes[0], step)
         rest = [rng.integers(0, K, len(first)) for K in sizes[1:]]
         return rng.permutation(np.stack([first, *rest], 1))
+    if kind == "wide below":  # nodes with every column of their level, and with few
+        own = rng.random((4, sizes[1])) < rng.choice((0.03, 0.1, 0.5, 0.97, 1.0), (4, 1))
+        own[0, 0] = True  # no empty catalogue
+        return rng.permutation(np.argwhere(own))
     share = rng.random((N, L))
     if kind == "uneven":
         share = share**6
@@ -74,7 +80,17 @@ def random_codes(rng, kind, sizes):
     return codes
 
 
-KINDS = ("even", "uneven", "uneven", "chains", "one item", "one path", "empty", "wide")
+KINDS = (
+    "even",
+    "uneven",
+    "uneven",
+    "chains",
+    "one item",
+    "one path",
+    "empty",
+    "wide",
+    "wide below",
+)
 
 
 def random_catalogue(rng):
@@ -115,12 +131,16 @@ def random_catalogue(rng):
 # ---- logits and beams ----
 
 
+LOGITS = (
+    *("normal", "quantised", "same", "huge", "largest", "offset"),
+    *("late", "late", "early", "-inf", "nan", "inf"),
+)
+
+
 def random_rows(rng, R, V):
     """Logits float64 [R, V]; whether all rows are one."""
     rows, same = rng.standard_normal((R, V)) * 3, False
-    kind = rng.choice(
-        ("normal", "quantised", "same", "huge", "largest", "offset", "late", "-inf", "nan", "inf")
-    )
+    kind = rng.choice(LOGITS)
     if kind == "quantised":
         rows = rng.integers(-1, 2, (R, V)) * float(rng.choice((0.25, 1, 20)))
     elif kind == "same":  # every row one: beams tie with beams
@@ -131,8 +151,9 @@ def random_rows(rng, R, V):
         rows = rng.choice((0.0, 1.0, 3e38, -3e38), (R, V))
     elif kind == "offset":
         rows += rng.choice((-1, 1), (R, 1)) * 10.0 ** rng.integers(3, 7, (R, 1))
-    elif kind == "late":  # the largest are far from the row's start, and far above it
+    elif kind in ("late", "early"):  # the largest are far from the row's start, or at it
         rows = np.sort(rows, 1) + np.linspace(0, float(rng.choice((1, 50, 80, 3000))), V)
+        rows = rows if kind == "late" else rows[:, ::-1].copy()
     elif kind in ("-inf", "nan", "inf"):
         value = {"-inf": -math.inf, "nan": math.nan, "inf": math.inf}[str(kind)]
         rows[rng.random((R, V)) < float(rng.choice((0.3, 1 / V)))] = value
@@ -285,7 +306,8 @@ def check_step(rng, catalogue, counted):
             counted["beams that tie"] += int(again.sum())
         counted["candidates"] += count
         counted["ties"] += int((score[1:] == score[:-1]).sum())
-    for width in {1, 2, int(rng.integers(1, most + 2)), max(most - 1, 1), 4 * most + 100}:
+    some = {1, 2, 1 + most // 64, int(rng.integers(1, most + 2)), max(most - 1, 1)}
+    for width in some | {4 * most + 100}:
         for part, whole, none in zip(step(width), got, (-math.inf, -1, -1, -1)):
             kept = whole[:, :width]
             assert part[:, : kept.shape[1]].equal(kept), f"width {width} of {most}"
@@ -320,7 +342,7 @@ def test_each_instruction_set_steps_as_enumerated(isa, tmp_path):
     test = f"{Path(__file__)}::test_steps_equal_exhaustive_enumeration"
     # The package that is tested, and not a checkout's folder that the tests run in.
     package = str(Path(genrec_ext.__file__).parents[1])
-    settings = {"GENREC_ISA": isa, "GENREC_TRIES": str(min(TRIES, 60)), "PYTHONPATH": package}
+    settings = {"GENREC_ISA": isa, "GENREC_TRIES": str(min(TRIES, 200)), "PYTHONPATH": package}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         cwd=tmp_path,

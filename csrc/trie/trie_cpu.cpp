@@ -61,7 +61,7 @@ class Pool {
  public:
   explicit Pool(int64_t width)
       : width_(width),
-        capacity_(2 * width + 256),
+        capacity_(2 * width + 64),
         // Vectors are added whole, and a pad of them ends the keys.
         room_(capacity_ + 2 * kLanes),
         memory_(4 * room_ * static_cast<int64_t>(sizeof(float))),
@@ -293,20 +293,114 @@ Normalizer<float> normalize_beam(const StepArgs& a, const Children& c, const T* 
 
 // ---- beam search ----
 
+// The first of columns [column, end) whose logit is above the bound; `end` where none is.
+template <class T>
+GENREC_INLINE int64_t first_above(const T* x, int64_t column, int64_t end, float bound) {
+  const vfloat bounds = splat(bound);
+  for (; column + 4 * kLanes <= end; column += 4 * kLanes) {
+    uint64_t above = 0;
+    for (int i = 0; i < 4; ++i)
+      above |= uint64_t{lanes_greater(load_floats(x + column + i * kLanes), bounds)} << i * kLanes;
+    if (above != 0) return column + __builtin_ctzll(above);
+  }
+  for (; column < end; column += kLanes) {
+    const int rest = end - column < kLanes ? static_cast<int>(end - column) : kLanes;
+    const uint32_t above = lanes_greater(load_some(x + column, rest, -INFINITY), bounds);
+    if (above != 0) return column + __builtin_ctz(above);
+  }
+  return end;
+}
+
+// A beam's row as its children enter the pool: a child's score is
+// (logit - top) / temperature + base.
+template <class T>
+struct ScoredRow {
+  const T* x;
+  float top, inv_temperature, base;
+};
+
+// Passes over children whose logits are too low to enter the pool.  To read all the columns between
+// them, which lie side by side, takes less than to gather theirs, if not too few are theirs.
+template <class T>
+class Skip {
+ public:
+  // The row is that of the user's beam number `beams`, counted from 1.
+  Skip(const StepArgs& a, const Children& c, const ScoredRow<T>& row, int64_t beams)
+      : c_(c), row_(row) {
+    const int64_t n = c.end - c.begin;
+    if (n <= kLanes || c.dense) return;
+    const int64_t first = c.labels[c.begin], last = c.labels[c.end - 1];
+    if (first < 0 || last >= a.V || last - first < n - 1) return;  // for `look_at` to find out
+    column_ = first, end_ = last + 1, absent_ = end_ - first - n;
+    // A vector of children is gathered in the time of some sixteen that are loaded.  And of the
+    // children seen so far `width` are the best: one in so many of this beam's enters.
+    pays_ = absent_ < 15 * n && n * beams > 32 * a.width;
+  }
+
+  bool pays() const { return pays_; }
+
+  // The first child, from this one on, that may score more than `worst`; c.end where none does.
+  GENREC_INLINE_MEMBER int64_t next(int64_t child, float worst) {
+    if (worst == -INFINITY) return child;
+    if (worst != worst_) worst_ = worst, bound_ = least_logit(worst);
+    const int64_t here = c_.labels[child];
+    column_ = first_above(row_.x, here > column_ ? here : column_, end_, bound_);
+    if (column_ == end_) return c_.end;
+    // Of the columns from here to there so many are children's at most, and at least.
+    const int64_t most = column_ > here ? column_ - here : 0;
+    const int64_t least = most > absent_ ? most - absent_ : 0;
+    const int64_t left = c_.end - child;
+    const int64_t from = child + (least < left ? least : left);
+    const int64_t to = child + (most < left ? most : left);
+    return from + first_not_before(c_.labels + from, to - from, column_);
+  }
+
+ private:
+  // No logit up to this one scores more than `worst`.  In exact numbers that takes a logit above
+  // top + (worst - base) * temperature; a score is rounded twice, by 2^-24 of what is rounded, and
+  // the margin is sixteen times that.
+  float least_logit(float worst) const {
+    const double temperature = 1. / row_.inv_temperature, top = row_.top, base = row_.base;
+    const double apart = (worst - base) * temperature;
+    const double size = std::fabs(top) + (std::fabs(double{worst}) + std::fabs(base)) * temperature;
+    return static_cast<float>(top + apart - 1e-6 * size);
+  }
+
+  const Children& c_;
+  const ScoredRow<T>& row_;
+  float worst_ = -INFINITY, bound_ = -INFINITY;
+  int64_t column_ = 0, end_ = 0, absent_ = 0;
+  bool pays_ = false;
+};
+
+template <bool kSkip, class T>
+void enter(const StepArgs& a, const Children& c, const ScoredRow<T>& row, int32_t beam,
+           Skip<T>& skip, Pool& pool, bool& outside) {
+  for (int64_t child = c.begin; child < c.end; child += kLanes) {
+    if constexpr (kSkip) {
+      child = skip.next(child, pool.worst());
+      if (child >= c.end) break;
+    }
+    uint32_t mask;
+    const vfloat v = look_at(a, c, row.x, child, mask, outside);
+    // Adding 0 makes -0 of 0, whose order would differ.
+    const vfloat total = ((v - row.top) * row.inv_temperature + row.base) + 0.f;
+    mask = open_lanes(c, child, mask & lanes_greater(total, splat(pool.worst())));
+    if (mask != 0) pool.add<false>(total, total, beam, counting(static_cast<int32_t>(child)), mask);
+  }
+}
+
 template <class T>
 void search_beam(const StepArgs& a, const Children& c, int32_t beam, const T* x, float score,
                  Pool& pool, bool& outside) {
   const Normalizer<float> z = normalize_beam(a, c, x, outside);
-  const float base = score - z.log_sum;
-  if (!(base > -INFINITY)) return;  // the row's normaliser is not a number
-  for (int64_t child = c.begin; child < c.end; child += kLanes) {
-    uint32_t mask;
-    const vfloat v = look_at(a, c, x, child, mask, outside);
-    // Adding 0 makes -0 of 0, whose order would differ.
-    const vfloat total = ((v - z.top) * a.inv_temperature + base) + 0.f;
-    mask = open_lanes(c, child, mask & lanes_greater(total, splat(pool.worst())));
-    if (mask != 0) pool.add<false>(total, total, beam, counting(static_cast<int32_t>(child)), mask);
-  }
+  const ScoredRow<T> row{x, z.top, a.inv_temperature, score - z.log_sum};
+  if (!(row.base > -INFINITY)) return;  // the row's normaliser is not a number
+  Skip<T> skip(a, c, row, int64_t{beam} + 1);
+  if (skip.pays())
+    enter<true>(a, c, row, beam, skip, pool, outside);
+  else
+    enter<false>(a, c, row, beam, skip, pool, outside);
 }
 
 // ---- sampling ----
