@@ -73,9 +73,9 @@ matrix:
 	    if [ "$(ABSENT)" = skip ]; then continue; else exit 1; fi; \
 	  fi; \
 	  $(MAKE) $(VENV)/wheel; \
-	  $$place/bin/pip install -q --progress-bar off pytest hypothesis $(VENV)/wheels/*.whl; \
+	  $$place/bin/pip install -q --progress-bar off pytest pytest-xdist hypothesis $(VENV)/wheels/*.whl; \
 	  echo "torch `$$place/bin/python -c 'import torch; print(torch.__version__)'`:"; \
-	  $$place/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS); \
+	  $$place/bin/pytest -q -n 2 -p no:cacheprovider $(OPERATOR_TESTS); \
 	done
 
 bench: $(VENV)/installed

@@ -36,13 +36,21 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda, but this torch sees no GPU")
 
 
-# Files that take minutes: where files are shared among processes, these are begun first.
+# Files that take a minute or more, the longest first: where files are shared among processes, none
+# of these is begun when the others are done.
 LONG = (
     "test_simulator.py",
+    "test_cuda_build.py",
+    "test_training.py",
+    "test_distributed.py",
     "test_install.py",
-    "test_trie_exhaustive.py",
-    "test_hf_losses.py",
+    "test_transformers_range.py",
+    "test_load.py",
+    "test_extras.py",
+    "test_checkpoints.py",
+    "test_policy.py",
     "test_trl_range.py",
+    "test_hf_losses.py",
 )
 
 

@@ -264,8 +264,8 @@ def test_the_package_has_no_simulator():
         assert b"GENREC_SIMULATOR_ORDER" not in library.read_bytes(), library
 
 
-def suite(tmp_path, library, files, env):
-    """pytest's report on these files, run in a copy of the package whose library is another."""
+def suite(tmp_path, library, files, env, *options):
+    """How many tests of these files pass, run in a copy of the package whose library is another."""
     package = tmp_path / "genrec_ext"
     shutil.copytree(
         Path(genrec_ext.__file__).parent,
@@ -276,7 +276,8 @@ def suite(tmp_path, library, files, env):
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("--rootdir", str(tmp_path), *(str(ROOT / "python_tests" / name) for name in files)),
+            *("--rootdir", str(tmp_path), *options),
+            *(str(ROOT / "python_tests" / name) for name in files),
         ],
         env={**os.environ, **env, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
@@ -310,7 +311,9 @@ def test_operators_over_simulated_kernels(simulator, tmp_path):
     )
     files = ("test_policy.py", "test_prefix.py", *steps, "test_cuda_device.py")
     library = simulator / "libgenrec_cpu.so"
-    assert suite(tmp_path, library, files, {"GENREC_SIMULATED": "1"}) > 290
+    # Here a gradient's memory is torch's own.
+    rest = ("-k", "not memory_of_a_gradient and not gradients_of_several_threads")
+    assert suite(tmp_path, library, files, {"GENREC_SIMULATED": "1"}, *rest) > 290
 
 
 def test_cpu_operators_under_the_sanitizers(simulator, tmp_path):
