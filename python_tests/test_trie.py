@@ -320,6 +320,36 @@ def test_many_scores_nearly_alike_keep_the_exact_best(ours, width):
         assert pairs == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
 
 
+@pytest.mark.parametrize("flush", (False, True))
+@pytest.mark.parametrize("softmax", ("vocab", "level", "children"))
+@pytest.mark.parametrize(
+    "temperature, worst",
+    [(2.0**-126, -(2.0**-25)), (1e-36, -1e-11), (1e-20, -1e-28), (1e-8, -1e-31), (1e30, -1e-38)],
+)
+def test_scores_that_hardly_differ_keep_the_exact_best(ours, temperature, worst, softmax, flush):
+    """Whether few are wanted, so that most children are passed over, or all."""
+    n, V, W = 200, 400, 100
+    trie = Trie.from_items([[0, 2 * i] for i in range(n)])
+    logits = torch.full((W, V), -1e3 * temperature)
+    logits[:, 100] = 0
+    scores = torch.full((1, W), worst)
+    scores[0, -1] = 0
+    nodes = torch.zeros(1, W, dtype=torch.long)
+    before = torch.tensor([1e-40]).mul(1).item() == 0
+    torch.set_flush_denormal(flush)
+    try:
+        some, every = (
+            ours.trie_beam_step(
+                logits, scores, nodes, trie, 1, width, softmax=softmax, temperature=temperature
+            )
+            for width in (1, n * W)
+        )
+    finally:
+        torch.set_flush_denormal(before)
+    for a, b in zip(some, every):
+        assert a.equal(b[:, :1])
+
+
 def test_special_values_stay_with_their_rows(ours):
     trie = Trie.from_items([[0], [1], [2]])
     logits = torch.zeros(5, 4)

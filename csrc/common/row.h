@@ -322,7 +322,7 @@ GENREC_INLINE Guess guess_sum(const RowView<T>& row, float inv_temperature, floa
 GENREC_INLINE Normalizer<float> finish(const Guess& g, float inv_temperature) {
   // Of the sum's own rate and shift; `top` takes what a float can hold of it.
   const double shift = kFused ? g.shift : static_cast<double>(g.guess) * g.rate;
-  const double log_sum = g.log_sum + shift * kLn2, top = log_sum / (g.rate * kLn2);
+  const double log_sum = g.log_sum + shift * kLn2, top = log_sum * (1 / (g.rate * kLn2));
   // What its own power is off by: a certain token has probability 1.
   constexpr double kNoise = 1.5e-7;
   if (std::fabs(log_sum - static_cast<double>(g.guess) * g.rate * kLn2) < kNoise)
@@ -475,30 +475,34 @@ struct RowState {
 // How many floats normalize_row may leave of n columns.
 inline constexpr int64_t floats_of(int64_t n) { return n + blocks_of(n); }
 
-// `room` is for floats_of(row.n), or for row.n where the columns are side by side, or null.
-// Without kWeighted there is no entropy.
+// A row's state; of a guess only what its gradient takes is set.  `room` is for
+// floats_of(row.n), or for row.n where the columns are side by side, or null.  Without kWeighted
+// there is no entropy.
 template <bool kWeighted, class T>
-GENREC_INLINE RowState<T> normalize_row(const RowView<T>& row, acc_t<T> inv_temperature,
-                                        float* room) {
-  RowState<T> state;
+GENREC_INLINE void normalize_row(const RowView<T>& row, acc_t<T> inv_temperature, float* room,
+                                 RowState<T>& state) {
+  state.left = Left::nothing;
   if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
     state.kept = {room, room + row.n};
     if (row.columns == nullptr && row.n > 1) {
-      state.guess = room == nullptr ? guess_sum<false, kWeighted>(row, inv_temperature, nullptr)
-                                    : guess_sum<true, kWeighted>(row, inv_temperature, room);
-      if (state.guess.good) {
-        state.z = finish(state.guess, inv_temperature);
+      const Guess g = room == nullptr ? guess_sum<false, kWeighted>(row, inv_temperature, nullptr)
+                                      : guess_sum<true, kWeighted>(row, inv_temperature, room);
+      if (g.good) {
+        const Normalizer<float> z = finish(g, inv_temperature);
+        // Field by field: what was just written in small parts is slow to be copied as a whole.
+        state.z.top = z.top, state.z.log_sum = z.log_sum, state.z.entropy = z.entropy;
+        state.guess.rate = g.rate, state.guess.guess = g.guess, state.guess.shift = g.shift;
+        state.guess.sum = g.sum;
         state.left = room == nullptr ? Left::powers : Left::powers_kept;
-        return state;
+        return;
       }
     } else if (row.columns != nullptr && room != nullptr) {
       state.z = normalize_list<kWeighted>(row, inv_temperature, state.kept);
       state.left = Left::exponentials;
-      return state;
+      return;
     }
   }
   state.z = normalize(row, inv_temperature);
-  return state;
 }
 
 // log softmax of one logit.
@@ -651,9 +655,11 @@ static void grad_row(const RowView<T>& row, int64_t first, const GradRow<T>& out
   const Columns<T> columns{out.g + first, row.n, own.at < 0 ? -1 : own.at - first, own.value,
                            out.streamed};
   if constexpr (sizeof(S) == sizeof(float)) {
-    const float factor = static_cast<float>(-slope.logp / state.guess.sum);
-    if (state.left == Left::powers_kept) return scale_kept(state.kept.e, columns, factor);
-    if (state.left == Left::powers) return scale_powers(row.x, columns, state.guess, factor);
+    if (state.left == Left::powers || state.left == Left::powers_kept) {
+      const float factor = static_cast<float>(-slope.logp / state.guess.sum);
+      return state.left == Left::powers ? scale_powers(row.x, columns, state.guess, factor)
+                                        : scale_kept(state.kept.e, columns, factor);
+    }
   }
   grad_block(row.x, columns, state.z, inv_temperature, slope);
 }

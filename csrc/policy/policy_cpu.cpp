@@ -30,7 +30,9 @@ void token_logps(const TokenLogpsArgs& a, int64_t first_n, int64_t last_n) {
       }
       int64_t first;
       const RowView<T> row = supported<T>(in, n, t, first);
-      const Normalizer<S> z = normalize_row<true>(row, inv, nullptr).z;
+      RowState<T> state;
+      normalize_row<true>(row, inv, nullptr, state);
+      const Normalizer<S>& z = state.z;
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
       static_cast<S*>(a.logps)[r] = holds(row, first, token)
                                         ? at_most_0(log_softmax<S>(to_float(x[token]), z, inv))
@@ -88,7 +90,7 @@ void sage_loss(const SageLossArgs& a, int64_t first_n, int64_t last_n) {
       const RowView<T> row = supported<T>(in, n, t, first);
       const int64_t token = in.tokens[n * in.T + t];
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
-      rows[t].state = normalize_row<kWithEntropy>(row, inv, room);
+      normalize_row<kWithEntropy>(row, inv, room, rows[t].state);
       if (room != nullptr) room += floats_of(row.n);
       rows[t].logp = holds(row, first, token)
                          ? at_most_0(log_softmax<S>(to_float(x[token]), rows[t].state.z, inv))

@@ -176,7 +176,8 @@ void rows(const RowsArgs& a, int64_t first_n, int64_t last_n) {
         if (whole && !a.grad_streamed) room = g;
       if constexpr (sizeof(S) == sizeof(float))
         if (room == nullptr && with_grad && keeper.reserve(floats_of(row.n))) room = keeper.data();
-      const RowState<T> state = normalize_row<false>(row, inv, room);
+      RowState<T> state;
+      normalize_row<false>(row, inv, room, state);
       const T* x = static_cast<const T*>(in.logits) + n * in.stride_n + t * in.stride_t;
       const S logp = holds(row, first, token)
                          ? at_most_0(log_softmax<S>(to_float(x[token]), state.z, inv))
@@ -283,7 +284,7 @@ void pairwise(const PairwiseArgs& a, int64_t first_n, int64_t last_n) {
     for (int64_t r = 0; r < in.T; ++r) {
       const T* x = x_of(r);
       const RowView<T> row{x, nullptr, in.V, in.stride_t};
-      states[r] = normalize_row<false>(row, inv, kept(r));
+      normalize_row<false>(row, inv, kept(r), states[r]);
       // A small prefix temperature magnifies what a float would round off.
       const double logp =
           log_softmax<double>(to_float(x[in.tokens[n * in.T + r]]),

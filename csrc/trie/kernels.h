@@ -73,7 +73,7 @@ struct Contender {
 struct CpuKernels {
   // Tasks are numbered user * chunks + chunk.  Returns the least row, if any, whose
   // node is none of the level's or whose children have labels outside the logits, else
-  // -1; those were left out.
+  // -1; those were left out.  Of labels that do not ascend, some may not be looked at.
   int64_t (*step)(const StepArgs&, int64_t first_task, int64_t last_task);
   // Users whose beams were taken in several chunks.
   void (*merge)(const StepArgs&, int64_t first_user, int64_t last_user);

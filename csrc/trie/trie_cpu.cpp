@@ -215,7 +215,9 @@ Children children_of(const StepArgs& a, const UserFilter& filter, int64_t node) 
 }
 
 // The logits of up to kLanes children from `child` on, and which of them count.
-// Labels outside the row are left out, and said in `outside`.
+// Labels outside the row are left out, and said in `outside`.  (Labels ascend below a node, so that
+// the first and the last say it of all; where they do not, nothing outside is read, but not every
+// such label need be met.)
 template <class T>
 GENREC_INLINE vfloat look_at(const StepArgs& a, const Children& c, const T* x, int64_t child,
                              uint32_t& mask, bool& outside) {
@@ -304,8 +306,10 @@ GENREC_INLINE int64_t first_above(const T* x, int64_t column, int64_t end, float
     if (above != 0) return column + __builtin_ctzll(above);
   }
   for (; column < end; column += kLanes) {
-    const int rest = end - column < kLanes ? static_cast<int>(end - column) : kLanes;
-    const uint32_t above = lanes_greater(load_some(x + column, rest, -INFINITY), bounds);
+    const int64_t rest = end - column;
+    const vfloat v = rest < kLanes ? load_some(x + column, static_cast<int>(rest), -INFINITY)
+                                   : load_floats(x + column);
+    const uint32_t above = lanes_greater(v, bounds);
     if (above != 0) return column + __builtin_ctz(above);
   }
   return end;
@@ -324,7 +328,8 @@ struct ScoredRow {
 template <class T>
 class Skip {
  public:
-  // The row is that of the user's beam number `beams`, counted from 1.
+  // The row is that of the user's beam number `beams`, counted from 1; a chunk's pool has seen
+  // fewer, and from its first beam on.
   Skip(const StepArgs& a, const Children& c, const ScoredRow<T>& row, int64_t beams)
       : c_(c), row_(row) {
     const int64_t n = c.end - c.begin;
@@ -347,7 +352,7 @@ class Skip {
     column_ = first_above(row_.x, here > column_ ? here : column_, end_, bound_);
     if (column_ == end_) return c_.end;
     // Of the columns from here to there so many are children's at most, and at least.
-    const int64_t most = column_ > here ? column_ - here : 0;
+    const int64_t most = column_ - here;
     const int64_t least = most > absent_ ? most - absent_ : 0;
     const int64_t left = c_.end - child;
     const int64_t from = child + (least < left ? least : left);
@@ -357,13 +362,18 @@ class Skip {
 
  private:
   // No logit up to this one scores more than `worst`.  In exact numbers that takes a logit above
-  // top + (worst - base) * temperature; a score is rounded twice, by 2^-24 of what is rounded, and
-  // the margin is sixteen times that.
+  // top + (worst - base) * temperature.  The margin is several times what rounding can make of it,
+  // here and in a score: each time at most 2^-24 of what is rounded, or, where that is tiny,
+  // 2^-126, in logits or in scores, even where such numbers are taken for 0.
   float least_logit(float worst) const {
     const double temperature = 1. / row_.inv_temperature, top = row_.top, base = row_.base;
     const double apart = (worst - base) * temperature;
     const double size = std::fabs(top) + (std::fabs(double{worst}) + std::fabs(base)) * temperature;
-    return static_cast<float>(top + apart - 1e-6 * size);
+    const double bound = top + apart - 1e-6 * size - 0x1p-124 * (1 + temperature);
+    if (!(bound > -0x1.fffffep127)) return -INFINITY;  // NaN too
+    // From there on a logit's distance from the top is infinite, and so is its score.
+    const double infinite = 0x1.fffffcp127 + (top < 0 ? top : 0);
+    return static_cast<float>(bound < infinite ? bound : infinite);
   }
 
   const Children& c_;
