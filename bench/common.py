@@ -26,13 +26,15 @@ def interleaved(
     warmup: int = 1,
     device: str = "cpu",
     at_least: float = 0.0,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Times methods in turns, so that a busy machine slows all alike.
 
     Each round has an order of its own, drawn from a seed: none always follows the same other one.
     A run is one call, which finds the caches as the other methods left them; or, with `at_least`
     milliseconds, as many calls in a row as take about that long, the freeing of what they return
-    included, as in a loop that does nothing else.
+    included, as in a loop that does nothing else.  `before`, if given, is called before each run,
+    outside its time.
 
     On CUDA by events on the device, with the second-level cache overwritten before each run.  The
     device then waits some 3 ms, in which the host launches some hundred kernels: what is measured
@@ -63,9 +65,11 @@ def interleaved(
         for name in order:
             method = methods[name]
             if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
-                before = stolen()
+                if before is not None:
+                    before()
+                lost = stolen()
                 took = time_once(in_a_row(method, calls[name]))
-                (times if stolen() - before <= 0.05 * took else disturbed)[name].append(
+                (times if stolen() - lost <= 0.05 * took else disturbed)[name].append(
                     took / calls[name]
                 )
     return {name: quantiles(times[name] or disturbed[name]) for name in methods}

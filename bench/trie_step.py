@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,8 +160,17 @@ def ours(step: Step, softmax: str = "vocab"):
 
 # ---- measuring ----
 
+Calls = list[Callable[[], Any]]
+"""A method, a call a step."""
+
 IN_A_ROW = [("eager", "genrec"), ("eager, level", "genrec, level")]
-"""Methods that are timed in loops of their own too, and ours of each."""
+"""Methods that are timed in loops of their own, and behind a head, too, and ours of each."""
+
+WAYS = {"times": "", "head": ", after a head", "row": ", in a row"}
+"""How runs were timed, by where their times are kept."""
+
+HEAD_WIDTH = 32
+"""Of the head whose product a step's logits are, where it writes them before each call."""
 
 READ = "plain read"
 """torch.sum of every step's logits: less than any step takes, whoever wrote it."""
@@ -181,7 +191,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def faster(
     steps: list[Step], softmax: str, expected: list, device: str = "cpu"
-) -> tuple[list[str], Callable[[], Any]]:
+) -> tuple[list[str], Calls]:
     """Best eager: by level the form that took less in a few trials, each checked before."""
     chosen: list[str] = []
     for step, want in zip(steps, expected):
@@ -194,8 +204,32 @@ def faster(
                 times.append(seconds(lambda form=form, step=step: synced(form(step, softmax))))
             trials[name] = min(times)
         chosen.append(min(trials, key=lambda name: trials[name]))
-    forms = [(step, baselines.eager_forms(step)[name]) for step, name in zip(steps, chosen)]
-    return chosen, lambda: [form(step, softmax) for step, form in forms]
+    forms = [baselines.eager_forms(step)[name] for step, name in zip(steps, chosen)]
+    return chosen, [partial(form, step, softmax) for form, step in zip(forms, steps)]
+
+
+def together(calls: Calls) -> Callable[[], list[Any]]:
+    return lambda: [call() for call in calls]
+
+
+def after_a_head(
+    steps: list[Step], methods: dict[str, Calls], repeats: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """The sum of the steps, each timed by itself when a product has just written its logits."""
+    total: dict[str, dict[str, float]] = {}
+    for i, step in enumerate(steps):
+        hidden = torch.randn(len(step.logits), HEAD_WIDTH) / HEAD_WIDTH**0.5
+        head = torch.randn(HEAD_WIDTH, step.logits.shape[1])
+        times = interleaved(
+            {name: calls[i] for name, calls in methods.items()},
+            repeats,
+            before=partial(torch.mm, hidden, head, out=step.logits),
+        )
+        for name, found in times.items():
+            sums = total.setdefault(name, dict.fromkeys(found, 0.0))
+            for quantile, value in found.items():
+                sums[quantile] += value
+    return total
 
 
 def synced(result):
@@ -214,11 +248,14 @@ def measure(case: Case, steps: list[Step], peers: bool, quick: bool) -> dict[str
     found = {softmax: [ours(step, softmax) for step in steps] for softmax in ("vocab", "level")}
     form, eager = faster(steps, "vocab", found["vocab"])
     level_form, eager_level = faster(steps, "level", found["level"])
-    methods: dict[str, Callable[[], Any]] = {
-        "genrec": lambda: [ours(step) for step in steps],
-        "genrec, level": lambda: [ours(step, "level") for step in steps],
+    by_step: dict[str, Calls] = {
+        "genrec": [partial(ours, step) for step in steps],
+        "genrec, level": [partial(ours, step, "level") for step in steps],
         "eager": eager,
         "eager, level": eager_level,
+    }
+    methods: dict[str, Callable[[], Any]] = {
+        **{name: together(calls) for name, calls in by_step.items()},
         "STATIC": lambda: [baselines.static_exact(step) for step in steps],
         READ: lambda: plain_read(steps),
     }
@@ -256,6 +293,7 @@ def measure(case: Case, steps: list[Step], peers: bool, quick: bool) -> dict[str
         "case": case,
         "times": times,
         "row": row,
+        "head": after_a_head(steps, by_step, {name: repeats[name] for name in by_step}),
         "repeats": repeats,
         "forms": form,
         "level_forms": level_form,
@@ -298,7 +336,7 @@ def scaling(quick: bool) -> list[dict]:
         methods = {
             "genrec": lambda steps=steps: [ours(step) for step in steps],
             "genrec, level": lambda steps=steps: [ours(step, "level") for step in steps],
-            "eager": faster(steps, "vocab", expected)[1],
+            "eager": together(faster(steps, "vocab", expected)[1]),
             READ: lambda steps=steps: plain_read(steps),
         }
         times = by_threads(methods, [1, 2], 2 if quick else 9, 0.05 if quick else 0.5)
@@ -438,11 +476,12 @@ def targets(results: dict[str, Any]) -> list[str]:
         }
         if not of:
             continue
-        alike = [(f"{name} / {base}", of)]
-        if (name, base) in IN_A_ROW:
-            of = {Case(*r["case"]): ratio(r["row"], name, base) for r in results["grid"]}
-            alike.append((f"{name} / {base}, calls in a row", of))
-        for what, of in alike:
+        for way, said in WAYS.items():
+            if way != "times":
+                if (name, base) not in IN_A_ROW:
+                    continue
+                of = {Case(*r["case"]): ratio(r[way], name, base) for r in results["grid"]}
+            what = f"{name} / {base}{said}"
             values, worst = list(of.values()), min(of, key=lambda case: of[case])
             reached = f"{median(values):.1f}, {min(values):.1f} ({worst}), {max(values):.1f}"
             row(what, f"median {target:g}", reached, median(values) >= target)
@@ -450,10 +489,10 @@ def targets(results: dict[str, Any]) -> list[str]:
                 under = sum(value < 3 for value in values)
                 reached = f"{under} of {len(values)} cases are below"
                 row("the same, smallest", "3", reached, not under)
-                part = "row" if "in a row" in what else "times"
-                values = [ratio(r[part], name, READ) for r in results["grid"]]
-                reached = f"{median(values):.1f}, {min(values):.1f}, {max(values):.1f}"
-                rows.append([what.replace(base, READ), "", reached, ""])
+                if READ in results["grid"][0][way]:
+                    values = [ratio(r[way], name, READ) for r in results["grid"]]
+                    reached = f"{median(values):.1f}, {min(values):.1f}, {max(values):.1f}"
+                    rows.append([what.replace(base, READ), "", reached, ""])
     for name in ("genrec", "genrec, level", READ):
         values = [
             r["times"]["1"][name]["median"] / r["times"]["2"][name]["median"]
@@ -489,13 +528,13 @@ def grid_table(results: list[dict]) -> list[str]:
                 str(Case(*r["case"])),
                 *(f"{times[n]['median']:.3g}" if n in times else "–" for n in names),
                 *(f"{ratio(times, n, b):.1f}" if n in times else "–" for n, b, _ in RATIOS),
-                *(f"{ratio(r['row'], n, b):.1f}" for n, b in IN_A_ROW),
+                *(f"{ratio(r[way], n, b):.1f}" for way in ("head", "row") for n, b in IN_A_ROW),
                 " ".join(form[0].lower() for form in r["forms"]),
             ]
         )
     header = ["items / V / users / width", *names]
     header += [f"{n} / {b}" for n, b, _ in RATIOS]
-    header += [f"{n} / {b}, in a row" for n, b in IN_A_ROW]
+    header += [f"{n} / {b}{WAYS[way]}" for way in ("head", "row") for n, b in IN_A_ROW]
     return table([*header, "form by level"], rows)
 
 
@@ -529,10 +568,11 @@ def report(results: dict[str, Any]) -> list[str]:
         "",
         "Every baseline returned our scores and, but for ties, our nodes before it was timed.",
         "",
-        "A run is one call, which finds the caches as other methods left them, logits in memory"
-        " included; or, where it says so, as many calls in a row as take 5 ms, which find what the"
-        " last one left there. A step after a model's head is between the two: its logits have"
-        " just been written.",
+        "A run is one call of all steps, which finds the caches as other methods left them, logits"
+        " in memory included. After a head, each step is timed by itself and the steps are summed;"
+        f" before each, outside its time, a product of width {HEAD_WIDTH} has written its logits,"
+        " as a model's head does. In a row, as many calls as take 5 ms find what the last one left"
+        " in the caches.",
         "",
         *targets(results),
         "## All cases",
@@ -691,7 +731,7 @@ def run_cuda(quick: bool, device: str = "cuda") -> None:
         half = steps[0].logits[: len(steps[0].logits) // 2]
         methods = {
             "genrec": lambda steps=steps: [ours(step) for step in steps],
-            "eager": faster(steps, "vocab", expected)[1],
+            "eager": together(faster(steps, "vocab", expected)[1]),
             "compiled": lambda steps=steps, f=compiled: [f(step) for step in steps],
             "copy": lambda x=half: [x.clone() for _ in range(LEVELS - 1)],
         }
