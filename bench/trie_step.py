@@ -173,7 +173,7 @@ HEAD_WIDTH = 32
 """Of the head whose product a step's logits are, where it writes them before each call."""
 
 READ = "plain read"
-"""torch.sum of every step's logits: less than any step takes, whoever wrote it."""
+"""torch.sum of every step's logits: about the least that a step over all columns can take."""
 
 
 def plain_read(steps: list[Step]) -> list[torch.Tensor]:
@@ -469,18 +469,14 @@ def targets(results: dict[str, Any]) -> list[str]:
         rows.append([what, target, reached, "yes" if holds else "**no**"])
 
     for name, base, target in RATIOS:
-        of = {
-            Case(*r["case"]): ratio(r["times"], name, base)
-            for r in results["grid"]
-            if name in r["times"]
-        }
-        if not of:
-            continue
         for way, said in WAYS.items():
-            if way != "times":
-                if (name, base) not in IN_A_ROW:
-                    continue
-                of = {Case(*r["case"]): ratio(r[way], name, base) for r in results["grid"]}
+            of = {
+                Case(*r["case"]): ratio(r[way], name, base)
+                for r in results["grid"]
+                if name in r[way]
+            }
+            if not of:
+                continue
             what = f"{name} / {base}{said}"
             values, worst = list(of.values()), min(of, key=lambda case: of[case])
             reached = f"{median(values):.1f}, {min(values):.1f} ({worst}), {max(values):.1f}"

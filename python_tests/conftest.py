@@ -36,8 +36,8 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda, but this torch sees no GPU")
 
 
-# Files that take a minute or more, the longest first: where files are shared among processes, none
-# of these is begun when the others are done.
+# Files that take half a minute or more, the longest first: where files are shared among processes,
+# none of these is begun when the others are done.
 LONG = (
     "test_simulator.py",
     "test_cuda_build.py",
