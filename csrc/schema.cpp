@@ -173,9 +173,9 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "int capacity, Tensor? distances) -> Tensor last");
 
   // ---- trie ----
-  // logits [U * W, V], scores and nodes [U, W]; the level's first_child [n + 1] and
-  // labels [n'] int32; columns [level_begin, level_end) are the level's own.  Each
-  // output is [U, width].  A node is not entered where any of these says so:
+  // logits [U * W, V], scores and nodes [U, W] (any integers); the level's first_child [n + 1] and
+  // labels [n'] int32; columns [level_begin, level_end) are the level's own, an end of -1 being V.
+  // Each output is [U, width].  A node is not entered where any of these says so:
   //   forbidden [n'] or [U, n'] bool
   //   closed [M, ceil(n' / 32)] int32, a bit a node; closed_row [U] int64, each user's
   //     row or -1 (without it, row 0 for all)

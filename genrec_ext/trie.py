@@ -158,6 +158,7 @@ class _Derived:
     def __init__(self) -> None:
         self.place_of: np.ndarray | None = None
         self.largest_run: int | None = None
+        self.own_labels: dict[int, Tensor] = {}
 
 
 class Trie:
@@ -201,15 +202,29 @@ class Trie:
         self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
         self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
         self.item_ids = item_ids
-        # Closed bits, levels + 1 rows as in csrc/trie/edit.h; None where every item is available.
-        self._bits: list[Tensor] | None = None
-        self._unavailable = 0
         # [2, levels]: how many nodes a level has, and where its columns start.
         sizes = [len(part) - 1 for part in self._first_child]
         self._level_facts = torch.tensor([sizes, self._column_start]).to(columns.device)
         self._derived = _Derived()
         # The same trie on the CPU, where edits are made; itself there.
         self._host: Trie | None = None
+        self._close(None, 0)
+
+    def _close(self, bits: list[Tensor] | None, unavailable: int) -> None:
+        """Says how many items are unavailable and which: closed bits, levels + 1 rows as in
+        csrc/trie/edit.h, or None where every item is available."""
+        self._bits, self._unavailable = bits, unavailable
+        # What a step takes of each level, found by one look: a small step is called so often, among
+        # so much other code, that each name it asks for is fetched from memory anew.
+        self._steps = {
+            level: (
+                self._first_child[level],
+                self._labels[level],
+                *self._own_columns(level, -1),
+                () if bits is None else (None, self.closed(level)),
+            )
+            for level in range(self.levels)
+        }
 
     @classmethod
     def from_items(
@@ -456,6 +471,18 @@ class Trie:
         """``[num_nodes(level + 1)]`` int32: the column that leads to each node of level + 1."""
         return self._labels[self._checked(level)]
 
+    def _own_labels(self, level: int) -> Tensor:
+        """:meth:`labels` as columns of the level alone; noted for levels that do not start at 0, 4
+        bytes a node."""
+        begin, _ = self._own_columns(level, 0)
+        if not begin:
+            return self._labels[level]
+        noted = self._derived.own_labels
+        if level not in noted:
+            with torch.inference_mode(False):  # any mode may ask next
+                noted[level] = self._labels[level] - begin
+        return noted[level]
+
     def _checked(self, level: int) -> int:
         if not 0 <= level < self.levels:
             raise ValueError(f"level must lie in [0, {self.levels}), got {level}")
@@ -463,19 +490,26 @@ class Trie:
 
     def level_columns(self, level: int, V: int) -> tuple[int, int]:
         """The columns ``[begin, end)`` that belong to a level, of logits with V columns."""
-        self._checked(level)
-        begin = 0 if self.level_offsets is None else self.level_offsets[level]
-        if self.level_sizes is not None:
-            end = begin + self.level_sizes[level]
-        elif self.level_offsets is not None and level + 1 < self.levels:
-            end = self.level_offsets[level + 1]
-        else:
-            end = V
+        begin, end = self._own_columns(self._checked(level), V)
         if end > V:
             raise ValueError(
                 f"level {level} owns columns [{begin}, {end}), but the logits have only {V}"
             )
         return begin, end
+
+    def _own_columns(self, level: int, V: int) -> tuple[int, int]:
+        """The columns of a level, whose end may be that of the logits: V."""
+        begin = 0 if self.level_offsets is None else self.level_offsets[level]
+        if self.level_sizes is not None:
+            return begin, begin + self.level_sizes[level]
+        if self.level_offsets is not None and level + 1 < self.levels:
+            return begin, self.level_offsets[level + 1]
+        return begin, V
+
+    def _step(self, level: int) -> tuple[Any, ...]:
+        """What a step takes of a level: first_child, labels, the level's columns with an end of -1
+        for that of the logits, and () or (None, closed)."""
+        return self._steps.get(level) or self._steps[self._checked(level)]
 
     def ranges(self, V: int) -> Tensor:
         """``[L, 2]`` int64, every level's columns: the ``ranges`` of :func:`token_logps`."""
@@ -594,7 +628,7 @@ class Trie:
             level_sizes,
             self.item_ids,
         )
-        result._bits, result._unavailable = self._bits, self._unavailable
+        result._close(self._bits, self._unavailable)
         return result
 
     def child(self, level: int, nodes: Tensor, codes: Tensor) -> Tensor:
@@ -869,8 +903,7 @@ class Trie:
         item_ids = more.item_ids if not self.item_ids else self.item_ids + (more.item_ids or [])
         result = Trie._of(arrays, self.level_offsets, self.level_sizes, item_ids)
         if carried is not None:
-            result._bits = [torch.from_numpy(row) for row in carried]
-            result._unavailable = self._unavailable
+            result._close([torch.from_numpy(row) for row in carried], self._unavailable)
         return result.to(self.device)
 
     def masks(self, allowed: Tensor | np.ndarray | Sequence[Any]) -> ItemMasks:
@@ -935,8 +968,7 @@ class Trie:
 
     def _with_bits(self, bits: list[np.ndarray], unavailable: int) -> Trie:
         result = copy.copy(self)
-        result._bits = [torch.from_numpy(row) for row in bits] if unavailable else None
-        result._unavailable = unavailable
+        result._close([torch.from_numpy(row) for row in bits] if unavailable else None, unavailable)
         return result
 
     def _follow(self, host: Trie) -> Trie:
@@ -945,9 +977,10 @@ class Trie:
             return host
         result = copy.copy(self)
         result._host = host
-        result._unavailable = host._unavailable
         bits = host._bits
-        result._bits = None if bits is None else [row.to(self.device) for row in bits]
+        result._close(
+            None if bits is None else [row.to(self.device) for row in bits], host._unavailable
+        )
         return result
 
     def to(self, device: torch.device | str) -> Trie:
@@ -970,9 +1003,8 @@ class Trie:
             self.level_sizes,
             self.item_ids,
         )
-        result._unavailable = self._unavailable
         if self._bits is not None:
-            result._bits = [row.to(device) for row in self._bits]
+            result._close([row.to(device) for row in self._bits], self._unavailable)
         if device.type != "cpu":
             result._host = self._on_host()
         return result
@@ -990,9 +1022,11 @@ class Trie:
         return arrays
 
     def memory_bytes(self) -> int:
-        """Bytes of all arrays; of availability's bits and, once an edit has noted them on the CPU,
-        of the items' places too.  The names of items are not counted."""
+        """Bytes of all arrays; of availability's bits and of what was noted on the way too: the
+        items' places by the first edit on the CPU, levels' own columns by a search whose logits
+        hold those alone.  The names of items are not counted."""
         parts = [*self._first_child, self._columns, self._items, self._repeats, *(self._bits or ())]
+        parts += self._derived.own_labels.values()
         noted = self._derived.place_of
         total = sum(part.numel() * part.element_size() for part in parts)
         return total + (0 if noted is None else noted.nbytes)

@@ -376,6 +376,46 @@ def test_fewer_continuations_than_width_never_repeat(ours):
     assert (got[0][0, 3:] == -math.inf).all()
 
 
+@pytest.mark.parametrize(
+    "scores, nodes",
+    [
+        (torch.float64, torch.int32),
+        (torch.bfloat16, torch.uint8),
+        (torch.float16, torch.int16),
+        (torch.int64, torch.int8),
+    ],
+)
+def test_any_integers_are_nodes_and_any_numbers_scores(ours, scores, nodes):
+    trie, level, start, logits, _ = step_case(4)
+    start = start.clamp(min=0)  # uint8 has no -1
+    begun = -torch.arange(start.numel()).view_as(start).float()
+
+    def calls(s, n):
+        yield ours.trie_beam_step(logits, s, n, trie, level, 5)
+        yield ours.trie_sample_step(logits, s, s, n, trie, level, 5, seed=3)
+
+    # Transposed, so that what is converted has to be laid out anew too.
+    others = begun.to(scores).T.contiguous().T, start.to(nodes).T.contiguous().T
+    for want, got in zip(calls(begun, start), calls(*others), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        assert [x.dtype for x in got[-3:]] == [torch.int64] * 3
+
+
+def test_a_step_has_no_gradient_and_leaves_none_behind(ours):
+    trie, level, nodes, logits, scores = step_case(4)
+    want = ours.trie_beam_step(logits, scores, nodes, trie, level, 3)
+    leaves = [logits.clone().requires_grad_(), scores.clone().requires_grad_()]
+    for get in (
+        lambda: ours.trie_beam_step(*leaves, nodes, trie, level, 3),
+        lambda: ours.trie_sample_step(*leaves, leaves[1], nodes, trie, level, 3, seed=1),
+    ):
+        got = get()
+        assert not any(x.requires_grad for x in got)
+    got = ours.trie_beam_step(leaves[0], scores.double().requires_grad_(), nodes, trie, level, 3)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert not got[0].requires_grad
+
+
 def test_step_errors_name_the_argument(ours):
     trie = Trie.from_items([[0, 4]])
     good = {"scores": torch.zeros(1, 1), "nodes": torch.zeros(1, 1, dtype=torch.int64)}
@@ -387,6 +427,13 @@ def test_step_errors_name_the_argument(ours):
             r"scores must have shape \[1, 1\]",
             torch.zeros(1, 5),
             {"scores": torch.zeros(2)},
+            {},
+        ),
+        (
+            ValueError,
+            "nodes must be integers, got Float",
+            torch.zeros(1, 5),
+            {"nodes": torch.zeros(1, 1)},
             {},
         ),
         (ValueError, "softmax must be one of", torch.zeros(1, 5), {}, {"softmax": "all"}),

@@ -98,6 +98,20 @@ void run(StepArgs& a, const Tensor&) {
 
 #endif
 
+bool is_integer(ScalarType t) {
+  switch (t) {
+    case ScalarType::Long:
+    case ScalarType::Int:
+    case ScalarType::Short:
+    case ScalarType::Char:
+    case ScalarType::Byte:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64: return true;
+    default: return false;
+  }
+}
+
 // What every step is given; a contiguous copy where a tensor is not.
 struct Inputs {
   const Tensor &logits, &scores, &nodes, &first_child, &labels;
@@ -132,8 +146,10 @@ class Step {
             "width must be at least 1 and at most 2^24, got ", width);
     a.width = width;
     a.inv_temperature = require_temperature(temperature);
-    a.nodes = held<int64_t>(in.nodes, "nodes", ScalarType::Long, {a.U, a.W}, in.logits);
-    a.scores = held<float>(in.scores, "scores", ScalarType::Float, {a.U, a.W}, in.logits);
+    require(is_integer(in.nodes.scalar_type()), "nodes must be integers, got ",
+            torch::headeronly::toString(in.nodes.scalar_type()));
+    a.nodes = converted<int64_t>(in.nodes, "nodes", ScalarType::Long, in.logits);
+    a.scores = converted<float>(in.scores, "scores", ScalarType::Float, in.logits);
     a.first_child = held<int32_t>(in.first_child, "first_child", ScalarType::Int,
                                   {in.first_child.numel()}, in.logits);
     a.level_nodes = in.first_child.numel() - 1;
@@ -185,6 +201,15 @@ class Step {
     return kept_.back().template const_data_ptr<T>();
   }
 
+  // [U, W] of any dtype; of this one as it is.
+  template <class T>
+  const T* converted(const Tensor& t, const char* name, ScalarType dtype, const Tensor& like) {
+    if (t.scalar_type() == dtype) return held<T>(t, name, dtype, {a.U, a.W}, like);
+    kept_.push_back(torch::stable::to(t, dtype));
+    const Tensor copy = kept_.back();
+    return held<T>(copy, name, dtype, {a.U, a.W}, like);
+  }
+
   Tensor new_scores() const { return new_tensor(where_, ScalarType::Float, {a.U, a.width}); }
 
   // (scores, parent, token, node), which the kernel will write.
@@ -200,7 +225,7 @@ class Step {
 
  private:
   const Tensor& where_;
-  std::vector<Tensor> kept_;  // contiguous copies
+  std::vector<Tensor> kept_;  // contiguous and converted copies
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
@@ -213,7 +238,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
              taken_begin},
             width, temperature);
   StepArgs& a = step.a;
-  require(0 <= level_begin && level_begin <= level_end && level_end <= a.V,
+  if (level_end == -1) level_end = a.V;
+  require(level_end <= a.V, "the level owns columns [", level_begin, ", ", level_end,
+          "), but the logits have only ", a.V);
+  require(0 <= level_begin && level_begin <= level_end,
           "the level's columns must satisfy 0 <= level_begin <= level_end <= V = ", a.V, ", got [",
           level_begin, ", ", level_end, ")");
   a.level_begin = level_begin, a.level_end = level_end;
@@ -241,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> trie_sample_step(
   a.sampling = true;
   a.softmax = Softmax::children;
   if (perturbed)
-    a.perturbed = step.held<float>(*perturbed, "perturbed", ScalarType::Float, {a.U, a.W}, logits);
+    a.perturbed = step.converted<float>(*perturbed, "perturbed", ScalarType::Float, logits);
   a.seed = static_cast<uint64_t>(seed);
   a.level = static_cast<uint32_t>(level);
   const Tensor out_perturbed = step.new_scores();

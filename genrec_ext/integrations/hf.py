@@ -707,7 +707,7 @@ class _Head:
         self._V = model.get_output_embeddings().weight.shape[0]
         self._ranges = [trie.level_columns(level, self._V) for level in range(trie.levels)]
         self._narrow = softmax != "vocab"
-        self.trie = cast(Trie, _OwnColumns(trie, self._ranges)) if self._narrow else trie
+        self.trie = cast(Trie, _OwnColumns(trie)) if self._narrow else trie
         if self._narrow:
             head = model.get_output_embeddings()
             self._name = next(name for name, module in model.named_modules() if module is head)
@@ -777,17 +777,21 @@ class _OwnColumns:
 
     level_offsets = None
 
-    def __init__(self, trie: Trie, ranges: list[tuple[int, int]]) -> None:
-        self._trie, self._ranges = trie, ranges
+    def __init__(self, trie: Trie) -> None:
+        self._trie = trie
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trie, name)
 
     def labels(self, level: int) -> Tensor:
-        return self._trie.labels(level) - self._ranges[level][0]
+        return self._trie._own_labels(level)
 
     def level_columns(self, level: int, V: int) -> tuple[int, int]:
         return 0, V
+
+    def _step(self, level: int) -> tuple[Any, ...]:
+        first_child, _, _, _, closed = self._trie._step(level)
+        return first_child, self.labels(level), 0, -1, closed
 
 
 def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

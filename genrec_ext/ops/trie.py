@@ -11,37 +11,28 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ._shared import integers, one_device
+from ._shared import one_device
 
 if TYPE_CHECKING:
     from ..filters import ItemFilter
     from ..trie import Trie
 
 
-# A step is called once a token, where a small one takes as long as its call: the operators
-# themselves, their arguments by position.
+# A step is called once a token, and a small one takes as long as its call: mostly to fetch
+# code that other work has driven from the caches.  So between a caller and the kernel lie as few
+# looks as can be: the operators themselves, by position; dtypes are theirs to convert.
 _beam_step = torch.ops.genrec.trie_beam_step.default
 _sample_step = torch.ops.genrec.trie_sample_step.default
 
-
-def _plain(x: Tensor) -> Tensor:
-    """Without gradient; most often as it is."""
-    return x.detach() if x.requires_grad else x
-
-
-def _floats(x: Tensor) -> Tensor:
-    """float32 without gradient; most often as it is."""
-    return _plain(x) if x.dtype == torch.float32 else _plain(x).float()
+# They have no gradient and ask for none: no layer of autograd to pass through on the way.
+_library = torch.library.Library("genrec", "IMPL")
+for _name in ("trie_beam_step", "trie_sample_step"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _filter(
-    trie: Trie, level: int, forbidden: Tensor | ItemFilter | None
-) -> tuple[Tensor | None, ...]:
+def _filter(trie: Trie, level: int, forbidden: Tensor | ItemFilter) -> tuple[Tensor | None, ...]:
     """What a step may not enter, as the operators take it: forbidden, closed, closed_row, taken,
     taken_begin, or as many of them as are needed."""
-    if forbidden is None:
-        closed = trie.closed(level)
-        return () if closed is None else (None, closed)
     if not hasattr(forbidden, "trie"):
         return torch.as_tensor(forbidden, device=trie.device), trie.closed(level)
     request = cast("ItemFilter", forbidden)
@@ -104,19 +95,19 @@ def trie_beam_step(
     Source: beam search under a prefix tree, as in STATIC (arXiv 2602.22647); exactness and the
     order of ties are ours.
     """
-    level_begin, level_end = trie.level_columns(level, logits.shape[-1])
+    first_child, labels, begin, end, closed = trie._step(level)
     return _beam_step(
-        _plain(logits),
-        _floats(scores),
-        integers("nodes", nodes),
-        trie.first_child(level),
-        trie.labels(level),
+        logits,
+        scores,
+        nodes,
+        first_child,
+        labels,
         width,
-        level_begin,
-        level_end,
+        begin,
+        end,
         softmax,
         temperature,
-        *_filter(trie, level, forbidden),
+        *(closed if forbidden is None else _filter(trie, level, forbidden)),
     )
 
 
@@ -169,18 +160,19 @@ def trie_sample_step(
     Source: Kool, van Hoof and Welling 2019 (arXiv 1903.06059), stochastic beam search; the trie,
     the generator and its counters are ours.
     """
+    first_child, labels, _, _, closed = trie._step(level)
     return _sample_step(
-        _plain(logits),
-        _floats(scores),
-        None if perturbed is None else _floats(perturbed),
-        integers("nodes", nodes),
-        trie.first_child(level),
-        trie.labels(level),
+        logits,
+        scores,
+        perturbed,
+        nodes,
+        first_child,
+        labels,
         width,
         level,
         _signed(seed),
         temperature,
-        *_filter(trie, level, forbidden),
+        *(closed if forbidden is None else _filter(trie, level, forbidden)),
     )
 
 
@@ -218,8 +210,8 @@ def _trie_beam_step_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one_device(logits, scores, nodes, first_child, labels, *rest, *named.values())
     shape = (nodes.shape[0], width)
-    parent, token, node = (nodes.new_empty(shape) for _ in range(3))
-    return scores.new_empty(shape), parent, token, node
+    parent, token, node = (nodes.new_empty(shape, dtype=torch.int64) for _ in range(3))
+    return scores.new_empty(shape, dtype=torch.float32), parent, token, node
 
 
 def _trie_sample_step_fake(
