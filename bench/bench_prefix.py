@@ -221,8 +221,11 @@ def main() -> None:
         sections += tables("Pointwise", "B × T × V", results["pointwise"], pairs)
     if "pairwise" in results:
         pairs = [(peer, "genrec") for peer in ("published", "eager", "compiled")]
+        pairs.append(("published", FLOOR))  # how far any loss could go
         sections += tables("Pairwise", "B × C × T × V", results["pairwise"], pairs)
     command = "python bench/bench_prefix.py" + (" --device cuda" if device == "cuda" else "")
+    if options.name:
+        command += f" --name {name}" + (f" --only {options.only}" if options.only else "")
     title = f"Prefix-aware losses on {machine_line(device=device).split(',')[0]}"
     write_report(name, title, command, sections, results, device=device)
     bars(

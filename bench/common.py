@@ -181,7 +181,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def machine_line(allocator: str = "default allocator", device: str = "cpu") -> str:
+# glibc's settings of this process, where it has some.
+MALLOC = [
+    f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_")
+]
+ALLOCATOR = "allocator as set" if MALLOC else "default allocator"
+
+
+def machine_line(allocator: str = ALLOCATOR, device: str = "cpu") -> str:
     """The machine in one sentence, for the head of a table of what ran on `device`."""
     facts = machine()
     if device == "cuda":
@@ -221,7 +228,7 @@ def write_report(
     command: str,
     sections: list[str],
     raw: Any,
-    allocator: str = "default allocator",
+    allocator: str = ALLOCATOR,
     how: str | None = None,
     device: str = "cpu",
 ) -> None:
@@ -231,6 +238,7 @@ def write_report(
     does it.
     """
     how = HOW[device] if how is None else how
+    command = " ".join([*MALLOC, command])
     RESULTS.mkdir(exist_ok=True)
     lines = [
         f"# {title}",
