@@ -68,7 +68,7 @@ class _Paths:
         self.trie, self.users = trie, users
         self.forbidden = _filter(trie, users, forbidden)
         self.nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
-        self.codes = torch.empty(users, 1, 0, dtype=torch.int64, device=device)
+        self._steps: list[tuple[Tensor, Tensor]] = []  # of each level: parent, code
         self.parent: Tensor | None = None
         self.token: Tensor | None = None
 
@@ -84,19 +84,20 @@ class _Paths:
 
     def follow(self, level: int, parent: Tensor, token: Tensor, nodes: Tensor) -> None:
         """Takes what a step chose."""
-        dead = nodes < 0
         offset = 0 if self.trie.level_offsets is None else self.trie.level_offsets[level]
         # Where a user has fewer beams, the rows left over get a parent and a column that exist.
         self.parent, self.nodes = parent.clamp(min=0), nodes
-        self.token = token.masked_fill(dead, offset)
-        codes = torch.cat(
-            [
-                self.codes.gather(1, self.parent.unsqueeze(-1).expand(-1, -1, level)),
-                (token - offset).unsqueeze(-1),
-            ],
-            -1,
-        )
-        self.codes = codes.masked_fill(dead.unsqueeze(-1), -1)
+        self.token = token.clamp(min=offset)
+        self._steps.append((self.parent, self.token - offset if offset else self.token))
+
+    def codes(self) -> Tensor:
+        """``[users, W, levels so far]``, each beam's way back to the root; -1 of a dead one."""
+        place: Tensor | None = None
+        codes = []
+        for parent, code in reversed(self._steps):
+            codes.append(code if place is None else code.gather(1, place))
+            place = parent if place is None else parent.gather(1, place)
+        return torch.stack(codes[::-1], -1).masked_fill_((self.nodes < 0).unsqueeze(-1), -1)
 
     def items(self) -> Tensor:
         """The first item of each leaf that its user may be given."""
@@ -192,7 +193,7 @@ def beam_search(
         paths.follow(level, parent, token, nodes)
         if on_level is not None:
             on_level(level, nodes)
-    return BeamResult(paths.items(), paths.codes, scores, paths.nodes)
+    return BeamResult(paths.items(), paths.codes(), scores, paths.nodes)
 
 
 @torch.no_grad()
@@ -292,7 +293,7 @@ def sample_items(
     assert perturbed is not None  # a trie has at least one level
     return SampleResult(
         paths.items(),
-        paths.codes,
+        paths.codes(),
         token_scores.sum(-1).masked_fill(dead, -torch.inf),
         token_scores,
         scores,
