@@ -108,7 +108,7 @@ class CandidateSampler(nn.Module):
         path = prefix_of[-1]
         begin = np.searchsorted(np.sort(path), np.arange(self.counts[-1] + 1))
         for name, part in (
-            ("codes", codes.long().contiguous()),
+            ("codes", codes.to(torch.int64, copy=True).contiguous()),  # what is numbered stays so
             ("_prefix_of", torch.from_numpy(prefix_of)),
             ("_by_path", torch.from_numpy(np.argsort(path, kind="stable"))),
             ("_path_begin", torch.from_numpy(begin)),
@@ -253,13 +253,14 @@ def context_logps(
 ) -> Tensor:
     """Log-probabilities of several tokens in each row of logits, without a log-softmax of the rows.
 
-    ``logps[b, c] = log_softmax(logits[rows[b, c]] / temperature)[tokens[b, c]]``. One token of each
-    row is scored by :func:`genrec_ext.token_logps`; the others differ from it by logits alone.
+    ``logps[b, c] = log_softmax(logits[rows[b, c]] / temperature)[tokens[b, c]]``. The likeliest of
+    each row's tokens is scored by :func:`genrec_ext.token_logps`; the others differ from it by
+    logits alone.
 
     Args:
         logits: ``[R, V]`` floating.
         first_tokens: ``[R]`` integers, a token of each row that its support has.
-        rows: ``[B, C]`` integers in ``[0, R)``.
+        rows: ``[B, C]`` integers in ``[0, R)``; -1 for a token that is certain, in no row.
         tokens: ``[B, C]`` integers in ``[0, V)``, each in its row's support, which is not looked
             at.
         temperature: positive; logits are divided by it.
@@ -267,21 +268,41 @@ def context_logps(
             one token; see :func:`genrec_ext.token_logps`.
 
     Returns:
-        ``[B, C]`` in the accumulation dtype, differentiable in ``logits``.
+        ``[B, C]`` in the accumulation dtype, differentiable in ``logits``; 0 where certain.
     """
-    logps, _ = token_logps(
-        logits.unsqueeze(1), first_tokens.unsqueeze(1), temperature=temperature, **support
-    )
     R, V = logits.shape
-    own = torch.arange(R, device=logits.device) * V + first_tokens
-    row = rows.flatten()
+    certain, row = rows.flatten() < 0, rows.flatten().clamp(min=0)
+    begin = torch.arange(R, device=logits.device) * V
+    place = row * V + tokens.flatten()
+    flat = logits.flatten()
+    likeliest = _likeliest(flat.detach(), first_tokens, begin, row, place, certain)
+    logps, _ = token_logps(
+        logits.unsqueeze(1), likeliest.unsqueeze(1), temperature=temperature, **support
+    )
     # `gather`, whose gradient is a scatter; that of an index sorts or goes one by one.  One for
     # both: each has a gradient of the logits' size.
-    read = logits.flatten().gather(0, torch.cat([own, row * V + tokens.flatten()]))
-    first, chosen = read.to(logps.dtype).split([R, len(row)])
+    read = flat.gather(0, torch.cat([begin + likeliest, place]))
+    best, chosen = read.to(logps.dtype).split([R, len(row)])
     # The difference first: beside large logits the log-probability would lose its digits.
-    ahead = (chosen - first.gather(0, row)) / temperature
-    return (ahead + logps[:, 0].gather(0, row)).view(rows.shape)
+    best = best.gather(0, row)
+    ahead = ((chosen - best) / temperature).masked_fill(best == -torch.inf, 0)
+    return (ahead + logps[:, 0].gather(0, row)).masked_fill(certain, 0).view(rows.shape)
+
+
+def _likeliest(
+    flat: Tensor, first: Tensor, begin: Tensor, row: Tensor, place: Tensor, certain: Tensor
+) -> Tensor:
+    """``[R]``, of the tokens that are asked of each row, `first` among them, one with the largest
+    logit: the others' differences from it are no larger than their own log-probabilities."""
+    logit = flat.gather(0, place).masked_fill(certain, -torch.inf)
+    own = flat.gather(0, begin + first)
+    most = own.scatter_reduce(0, row, logit, "amax")
+    is_most = ~certain & (logit == most.gather(0, row))
+    found = torch.where(own == most, first, -1)
+    found = found.scatter_reduce(
+        0, row, torch.where(is_most, place - begin.gather(0, row), -1), "amax"
+    )
+    return torch.where(found < 0, first, found)  # where a logit is NaN
 
 
 def _numbered(codes: np.ndarray) -> tuple[np.ndarray, list[int]]:

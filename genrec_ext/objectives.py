@@ -4,6 +4,7 @@ weights that follow the worst prefix.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -33,9 +34,10 @@ class AdaptivePrefixWeights(nn.Module):
     ========  =====================================  ========
 
     Losses count as at least 0, and add up to nothing only where every prefix is certain: then their
-    shares are equal.  Losses that are not finite, as of a batch whose gradient a loss scaler throws
-    away, leave the weights as they were.  Where ``torch.distributed`` is initialised, the losses
-    are averaged over its ranks first, so all hold the same weights; every rank has to call.
+    shares are equal.  Losses that are not finite, or not once ``eta`` has multiplied them, as of a
+    batch whose gradient a loss scaler throws away, leave the weights as they were.  Where
+    ``torch.distributed`` is initialised, the losses are averaged over its ranks first, so all hold
+    the same weights; every rank has to call.
 
     The weights go to the device of the losses they are given, once, and stay there: a training
     loop need not move them.
@@ -127,10 +129,11 @@ class AdaptivePrefixWeights(nn.Module):
             count = torch.full((), float(count), dtype=old.dtype, device=old.device)
         losses = torch.where(count > 0, per_level.detach().to(old) * count, 0.0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            told = torch.cat([losses, count.view(1)])
-            torch.distributed.all_reduce(told)
-            losses, count = told[:-1], told[-1]
-        losses = (losses / count).clamp(min=0)
+            sums = torch.cat([losses, count.view(1)])
+            torch.distributed.all_reduce(sums)
+            losses, count = sums[:-1], sums[-1]
+        told = losses / count
+        losses = told.clamp(min=0)
         total = losses.sum()
         # No branch on what the losses are: that would wait for the device.
         share = torch.where(total > 0, losses / total, 1.0 / self.levels).clamp(min=1e-30)
@@ -140,9 +143,12 @@ class AdaptivePrefixWeights(nn.Module):
             new = torch.where(self.updates == 0, share.log(), old) + self.eta * share
         else:
             new = old + self.eta * losses
-        told_of = torch.isfinite(total) & (count > 0)
-        self.log_weights = torch.where(told_of, torch.log_softmax(new, 0), old)
-        self.updates += told_of
+        fine = torch.isfinite(torch.stack([told, new])).all() & (count > 0)
+        # What is made in inference mode, training and load_state_dict could not write to.
+        outside = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if outside else contextlib.nullcontext():
+            self.log_weights = torch.where(fine, torch.log_softmax(new, 0), old)
+            self.updates += fine
         return self.weights
 
     def extra_repr(self) -> str:

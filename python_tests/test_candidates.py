@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genrec_ext import CandidateSampler, context_logps, prefix_pairwise_loss_from_logps, token_logps
+from genrec_ext import (
+    CandidateSampler,
+    context_logps,
+    prefix_pairwise_loss,
+    prefix_pairwise_loss_from_logps,
+    token_logps,
+)
 from genrec_ext.models import CompactConfig, CompactRecommender
 
 # Items that share prefixes of every length, and some a whole semantic ID.
@@ -214,6 +220,68 @@ def test_context_logps_equal_a_log_softmax_of_every_row(kind, temperature):
         for part in (got, want)
     ]
     assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_context_logps_of_tokens_that_cannot_be():
+    logits = torch.tensor(
+        [[-torch.inf, 0.0, 1.0], [-torch.inf, -torch.inf, 2.0], [100.0, 0.0, 99.0]],
+        requires_grad=True,
+    )
+    rows = torch.tensor([[0, 0, 1], [1, 2, -1]])
+    tokens = torch.tensor([[0, 2, 0], [1, 0, 7]])
+    got = context_logps(logits, torch.tensor([0, 1, 1]), rows, tokens)
+    full = logits.double().log_softmax(-1)
+    want = full[rows.clamp(min=0), tokens.clamp(max=2)]
+    want[1, 2] = 0  # of no row
+    assert torch.allclose(got.double(), want, rtol=3e-7)
+    assert got[0, 0] == got[0, 2] == got[1, 0] == -torch.inf
+    got[0, 1].backward()
+    assert torch.allclose(logits.grad[0], torch.tensor([0.0, -0.2689414, 0.2689414]))
+    assert not logits.grad[1:].any()
+
+
+def test_context_logps_keep_the_digits_of_likely_tokens():
+    logits = torch.tensor([[1000.0, 0.0, 999.0]])  # beside the row's first token all is large
+    got = context_logps(logits, torch.tensor([1]), torch.tensor([[0, 0]]), torch.tensor([[0, 2]]))
+    assert torch.allclose(got, logits.double().log_softmax(-1).float()[:, [0, 2]], rtol=1e-6)
+
+
+def test_context_logps_show_what_is_no_number():
+    logits = torch.tensor([[torch.nan, 0.0, 1.0], [0.0, 1.0, 2.0]])
+    rows, tokens = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 2, 1]])
+    got = context_logps(logits, torch.tensor([1, 0]), rows, tokens)
+    assert got[0, :2].isnan().all() and got[0, 2].isfinite()
+
+
+def test_an_impossible_negative_costs_nothing():
+    """As where every candidate is scored by itself."""
+    codes = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+    drawn = CandidateSampler(codes, 2).describe(torch.tensor([[0, 1, 2]]))
+    table = {(): [0.0, 0.0], (0,): [0.0, 0.0], (1,): [-torch.inf, 0.0]}
+    every = torch.tensor(
+        [[[table[tuple(item[:t])] for t in range(2)] for item in codes[:3].tolist()]]
+    )
+    weights, beta = torch.tensor([0.5, 0.5]), 1.0
+    settings = (drawn.duplicates, drawn.log_scale, weights, beta)
+    want = prefix_pairwise_loss(every, drawn.codes, *settings)
+    logps = []
+    for level, context in enumerate(drawn.contexts):
+        paths = drawn.codes[context.users, context.firsts, :level].tolist()
+        logits = torch.tensor([table[tuple(path)] for path in paths])
+        first = drawn.codes[context.users, context.firsts, level]
+        logps.append(
+            context_logps(logits, first, drawn.context[..., level], drawn.codes[..., level])
+        )
+    got = prefix_pairwise_loss_from_logps(torch.stack(logps, -1), *settings)
+    assert want[0].isfinite()
+    assert all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_sampler_keeps_codes_of_its_own():
+    codes = CODES.clone()
+    sampler = CandidateSampler(codes, 3)
+    codes[:] = 7
+    assert sampler.codes.equal(CODES)
 
 
 @pytest.mark.parametrize("padded", (False, True))

@@ -66,13 +66,34 @@ def test_a_weight_that_vanished_comes_back():
 
 
 @pytest.mark.parametrize("variant", ("paper", "release", "snapshot"))
-@pytest.mark.parametrize("bad", ([float("inf"), 1.0], [float("nan"), 1.0]))
+@pytest.mark.parametrize("bad", ([math.inf, 1.0], [math.nan, 1.0], [-math.inf, 1.0]))
 def test_losses_that_are_not_finite_change_nothing(variant, bad):
     adaptive = AdaptivePrefixWeights(2, 0.5, variant)
     held = adaptive(torch.tensor([1.0, 2.0]))
     assert adaptive(torch.tensor(bad)).equal(held) and adaptive.updates == 1
     assert adaptive(torch.tensor([2.0, 1.0])).isfinite().all() and adaptive.updates == 2
     assert adaptive(torch.tensor([5.0, 1.0]), count=0).equal(adaptive.weights)
+
+
+@pytest.mark.parametrize("variant", ("paper", "snapshot"))
+def test_a_step_beyond_all_numbers_changes_nothing(variant):
+    adaptive = AdaptivePrefixWeights(2, 1e300, variant)
+    held = adaptive.weights
+    assert adaptive(torch.tensor([1e30, 1.0])).equal(held) and adaptive.updates == 0
+    assert adaptive(torch.zeros(2)).isfinite().all() and adaptive.updates == 1
+
+
+@pytest.mark.parametrize("variant", ("paper", "release", "snapshot"))
+def test_weights_of_inference_mode_can_be_written_to(variant):
+    adaptive, other = (AdaptivePrefixWeights(2, 0.5, variant) for _ in range(2))
+    start = {name: value.clone() for name, value in adaptive.state_dict().items()}
+    losses = torch.tensor([1.0, 2.0])
+    with torch.inference_mode():
+        adaptive(losses.clone())
+    other(losses)
+    assert adaptive.weights.equal(other.weights) and adaptive.updates == 1
+    adaptive.load_state_dict(start)
+    assert adaptive(losses).equal(other.weights)
 
 
 @pytest.mark.parametrize("variant", ("paper", "release", "snapshot"))

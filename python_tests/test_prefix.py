@@ -499,6 +499,18 @@ def test_backward_runs_twice_where_the_graph_is_kept(ours, name):
     assert first.equal(again)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_several_gradients_at_once(ours, name):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for."""
+    loss, logits = objective_case(ours, name)
+    want = gradient(loss, logits)
+    for keep in (False, True):
+        x = logits.clone().requires_grad_()
+        by = torch.tensor([1.0, 0.0, -2.5])
+        (got,) = torch.autograd.grad(loss(x), x, by, is_grads_batched=True, retain_graph=keep)
+        assert torch.allclose(got, by.view(3, *(1,) * want.dim()) * want)
+
+
 def test_unreduced_losses_carry_their_own_gradients(ours):
     logits, tokens, weights, beta = pointwise_case(9)
     x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -591,6 +603,7 @@ def test_compiled_whole(ours):
         (r"beam_width must lie in \[1, 2\^24\], got 0", {"beam_width": 0}),
         ("weight must be at least 0, got -1", {"weight": -1.0}),
         ("scale must be positive and finite, got 0", {"scale": 0.0}),
+        ("scale must be positive in float32 too, got 1e-46", {"scale": 1e-46}),
         ("ranges, trie and columns exclude", {"ranges": [[0, 1]] * 4, "columns": (0, 0, 0)}),
     ),
 )
@@ -617,6 +630,25 @@ def test_pointwise_errors_name_the_argument(ours, text, change):
     arguments = {"tokens": tokens, "weights": weights, "beta": beta, **change}
     with pytest.raises(ValueError, match=text):
         ours.prefix_loss(logits, **arguments)
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    (
+        ("beta must be finite, got nan", {"beta": math.nan}),
+        ("ce_weight must be finite, got inf", {"ce_weight": math.inf}),
+        ("prefix_temperature must be positive and finite", {"prefix_temperature": math.inf}),
+        ("prefix_temperature must be positive and finite", {"prefix_temperature": 0.0}),
+        ('reduction must be one of "mean"', {"reduction": "max"}),
+    ),
+)
+def test_both_pointwise_forms_refuse_alike(ours, text, change):
+    logits, tokens, weights, beta = pointwise_case(0)
+    settings = {"beta": beta, **change}
+    with pytest.raises(ValueError, match=text):
+        ours.prefix_loss(logits, tokens, weights, **settings)
+    with pytest.raises(ValueError, match=text):
+        genrec_ext.prefix_loss_from_logps(-torch.rand(3, 4), weights, **settings)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ std::tuple<Tensor, Tensor> beam_aware_loss_forward(const Tensor& logits, const T
           "beam_width must lie in [1, 2^24], got ", beam_width);
   require(weight >= 0 && std::isfinite(weight), "weight must be at least 0, got ", weight);
   require_positive(scale, "scale");
+  require(static_cast<float>(scale) > 0, "scale must be positive in float32 too, got ", scale);
   const Rows rows = make_rows(logits, tokens, std::nullopt, ranges, columns, begin, end,
                               temperature, false, false);
   const Scores& s = rows.scores;

@@ -469,12 +469,12 @@ class CompactRecommender(nn.Module):
             own = context_logps(
                 logits,
                 candidates.codes[users, firsts, level],
-                rows.clamp(min=0),
+                rows,
                 tokens,
                 temperature=temperature,
                 **support,
             )
-            logps.append(own.masked_fill(rows < 0, 0))
+            logps.append(own)
         return torch.stack(logps, -1)
 
     def step_fn(self, state: Tensor) -> StepFn:

@@ -101,10 +101,11 @@ _functorch = torch._C._functorch
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether it holds numbers: not traced, not transformed, no fake."""
+    """Whether it holds numbers: not traced, not transformed, no fake, none of the batched gradients
+    that torch.autograd.grad(is_grads_batched=True) hands down."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    return not is_transforming()
+    return not (is_transforming() or _functorch.is_legacy_batchedtensor(x))
 
 
 def values_of(x: Tensor) -> Tensor:

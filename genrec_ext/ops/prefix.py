@@ -14,6 +14,7 @@ What the papers say and what is ours
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,14 @@ def _check_reduction(reduction: str) -> None:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def prefix_loss(
@@ -189,6 +196,7 @@ def prefix_loss_from_logps(
     The other arguments, the result, the errors and the source are those of :func:`prefix_loss`.
     """
     _check_positive(prefix_temperature=prefix_temperature)
+    _check_finite(beta=beta, ce_weight=ce_weight)
     _check_reduction(reduction)
     if logps.dim() != 2 or logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
