@@ -68,7 +68,7 @@ class _Paths:
         self.trie, self.users = trie, users
         self.forbidden = _filter(trie, users, forbidden)
         self.nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
-        self._steps: list[tuple[Tensor, Tensor]] = []  # of each level: parent, code
+        self._steps: list[tuple[Tensor, Tensor, int]] = []  # parent, token, the level's offset
         self.parent: Tensor | None = None
         self.token: Tensor | None = None
 
@@ -86,16 +86,19 @@ class _Paths:
         """Takes what a step chose."""
         offset = 0 if self.trie.level_offsets is None else self.trie.level_offsets[level]
         # Where a user has fewer beams, the rows left over get a parent and a column that exist.
+        # New tensors: whoever is given them may write to them.
         self.parent, self.nodes = parent.clamp(min=0), nodes
         self.token = token.clamp(min=offset)
-        self._steps.append((self.parent, self.token - offset if offset else self.token))
+        self._steps.append((parent, token, offset))
 
     def codes(self) -> Tensor:
         """``[users, W, levels so far]``, each beam's way back to the root; -1 of a dead one."""
         place: Tensor | None = None
         codes = []
-        for parent, code in reversed(self._steps):
+        for parent, token, offset in reversed(self._steps):
+            code = token - offset if offset else token
             codes.append(code if place is None else code.gather(1, place))
+            parent = parent.clamp(min=0)
             place = parent if place is None else parent.gather(1, place)
         return torch.stack(codes[::-1], -1).masked_fill_((self.nodes < 0).unsqueeze(-1), -1)
 
@@ -276,7 +279,7 @@ def sample_items(
             own, _ = token_logps(
                 rows.flatten(0, 1).unsqueeze(1),
                 token.masked_fill(dead, columns[0]).view(-1, 1),
-                ranges=None if softmax == "vocab" else torch.tensor([columns]),
+                ranges=None if softmax == "vocab" else [columns],
                 temperature=temperature,
             )
             own = own.view(users, width)

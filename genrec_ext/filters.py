@@ -262,10 +262,11 @@ class ItemFilter:
         Returns:
             bool ``[U, n]``; ``[n]`` where the filter is the same for any number of users.
         """
+        level = self.trie._checked(level)
         every = torch.arange(self.trie.num_nodes(level + 1), device=self.trie.device)
         at = every.expand(1 if self.users is None else self.users, -1)
         result = torch.zeros_like(at, dtype=torch.bool)
-        bits = self.closed[self.trie._checked(level)]
+        bits = self.closed[level]
         if bits is not None:
             result = self._closed_by_row(bits, at)
         if self.taken is not None and self.taken_begin is not None:

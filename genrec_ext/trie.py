@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from . import _C  # type: ignore[attr-defined]
 from .data.readers import read_index
 from .data.tables import read_parquet_codes
 from .ops._shared import integers as integer_tensor
-from .ops._shared import unmapped, values_of
+from .ops._shared import is_plain, unmapped, values_of
 from .tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -195,20 +196,34 @@ class Trie:
         self._first_child, self._columns = list(first_child), columns
         starts = np.cumsum([0, *(len(part) - 1 for part in self._first_child[1:])])
         self._column_start = [int(x) for x in starts]
-        ends = [*self._column_start[1:], len(columns)]
-        self._labels = [columns[a:b] for a, b in zip(self._column_start, ends)]
         # Items by leaf, and the leaf of each that is not its leaf's first: see csrc/trie/build.h.
         self._items, self._repeats = items, repeats
-        self.level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
-        self.level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
+        self._level_offsets = None if level_offsets is None else [int(x) for x in level_offsets]
+        self._level_sizes = None if level_sizes is None else [int(x) for x in level_sizes]
         self.item_ids = item_ids
         # [2, levels]: how many nodes a level has, and where its columns start.
         sizes = [len(part) - 1 for part in self._first_child]
-        self._level_facts = torch.tensor([sizes, self._column_start]).to(columns.device)
+        facts = torch.tensor([sizes, self._column_start], device="cpu")  # whatever the default is
+        self._level_facts = facts.to(columns.device)
         self._derived = _Derived()
         # The same trie on the CPU, where edits are made; itself there.
         self._host: Trie | None = None
+        self._cut()
         self._close(None, 0)
+
+    def _cut(self) -> None:
+        """Each level's part of the labels."""
+        ends = [*self._column_start[1:], len(self._columns)]
+        self._labels = [self._columns[a:b] for a, b in zip(self._column_start, ends)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views: whoever writes tensors one by one writes for each all that it is of."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_labels", "_steps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cut()
+        self._close(self._bits, self._unavailable)
 
     def _close(self, bits: list[Tensor] | None, unavailable: int) -> None:
         """Says how many items are unavailable and which: closed bits, levels + 1 rows as in
@@ -216,15 +231,15 @@ class Trie:
         self._bits, self._unavailable = bits, unavailable
         # What a step takes of each level, found by one look: a small step is called so often, among
         # so much other code, that each name it asks for is fetched from memory anew.
-        self._steps = {
-            level: (
+        self._steps = [
+            (
                 self._first_child[level],
                 self._labels[level],
                 *self._own_columns(level, -1),
                 () if bits is None else (None, self.closed(level)),
             )
             for level in range(self.levels)
-        }
+        ]
 
     @classmethod
     def from_items(
@@ -458,8 +473,19 @@ class Trie:
     def device(self) -> torch.device:
         return self._items.device
 
+    @property
+    def level_offsets(self) -> list[int] | None:
+        """The first column of each level; None where each level owns the whole row."""
+        return self._level_offsets
+
+    @property
+    def level_sizes(self) -> list[int] | None:
+        """How many columns each level has, where that was said."""
+        return self._level_sizes
+
     def num_nodes(self, level: int) -> int:
         """Nodes of a level; 1 for level 0, the leaves for ``levels``."""
+        level = self._checked(level, self.levels + 1)
         return 1 if level == 0 else len(self._labels[level - 1])
 
     def first_child(self, level: int) -> Tensor:
@@ -480,13 +506,21 @@ class Trie:
         noted = self._derived.own_labels
         if level not in noted:
             with torch.inference_mode(False):  # any mode may ask next
-                noted[level] = self._labels[level] - begin
+                labels = self._labels[level] - begin
+            if not is_plain(labels):  # under a transform or a trace: not to outlive it
+                return labels
+            noted[level] = labels
         return noted[level]
 
-    def _checked(self, level: int) -> int:
-        if not 0 <= level < self.levels:
-            raise ValueError(f"level must lie in [0, {self.levels}), got {level}")
-        return level
+    def _checked(self, level: int, end: int | None = None) -> int:
+        end = self.levels if end is None else end
+        try:
+            index = operator.index(level)
+        except TypeError:
+            raise ValueError(f"level must be an integer in [0, {end}), got {level!r}") from None
+        if not 0 <= index < end:
+            raise ValueError(f"level must lie in [0, {end}), got {level}")
+        return index
 
     def level_columns(self, level: int, V: int) -> tuple[int, int]:
         """The columns ``[begin, end)`` that belong to a level, of logits with V columns."""
@@ -509,7 +543,8 @@ class Trie:
     def _step(self, level: int) -> tuple[Any, ...]:
         """What a step takes of a level: first_child, labels, the level's columns with an end of -1
         for that of the logits, and () or (None, closed)."""
-        return self._steps.get(level) or self._steps[self._checked(level)]
+        known = type(level) is int and 0 <= level < len(self._steps)
+        return self._steps[level if known else self._checked(level)]
 
     def ranges(self, V: int) -> Tensor:
         """``[L, 2]`` int64, every level's columns: the ``ranges`` of :func:`token_logps`."""
@@ -676,6 +711,7 @@ class Trie:
         (tensor([1, 1, 2]), tensor([0, 1, 1, 3]))
         """
         unmapped("trie_allowed", nodes)
+        level = self._checked(level)
         nodes = integer_tensor("nodes", nodes)
         if nodes.dim() != 1:
             raise ValueError(f"nodes must have shape [N], got {list(nodes.shape)}")
@@ -799,7 +835,7 @@ class Trie:
             ``[1, ceil(num_nodes(level + 1) / 32)]`` int32, bit ``n % 32`` of word ``n // 32`` for
             node n; None where every item is available.
         """
-        self._checked(level)
+        level = self._checked(level)
         return None if self._bits is None else self._bits[level].unsqueeze(0)
 
     def availability(self) -> Tensor:

@@ -340,6 +340,21 @@ def test_the_model_is_left_as_it_was(family):
     assert by_generate(model, given, trie, 4).sequences.tolist() == before.tolist()
 
 
+def test_a_search_within_a_transform_leaves_nothing_in_the_trie():
+    trie = Trie.from_items([[0, 1], [0, 2], [1, 1]], level_offsets=[2, 4])
+    own = [trie._own_labels(level).tolist() for level in range(2)]
+    fresh = Trie.from_items([[0, 1], [0, 2], [1, 1]], level_offsets=[2, 4])
+
+    def loss(x):
+        assert fresh._own_labels(1).shape == (3,)
+        return (x * x).sum()
+
+    torch.func.grad(torch.func.grad(lambda x: torch.func.grad(loss)(x).sum()))(torch.tensor(1.0))
+    copied = copy.deepcopy(fresh)
+    for trie in (fresh, copied):
+        assert [trie._own_labels(level).tolist() for level in range(2)] == own
+
+
 def test_two_threads_may_share_a_model():
     model, tries = tiny("t5"), [catalogue(seed, N=40, L=4) for seed in (1, 2)]
     given = prompts(8)

@@ -709,6 +709,75 @@ def test_level_sizes_say_otherwise_than_offsets(ours):
     assert got[3].tolist() == [[-1]]
 
 
+def test_a_step_function_may_write_to_what_it_is_given():
+    trie = Trie.from_items([[0, 1], [1, 0], [1, 1]], level_offsets=[0, 2])
+    table = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+
+    def step(level, parent, token):
+        if parent is None:
+            return table[0].expand(2, 4)
+        parent.add_(1000)
+        token.add_(1000)
+        return table[1].expand(6, 4)
+
+    found = genrec_ext.beam_search(step, trie, 3, users=2)
+    assert found.items.tolist() == [[1, 2, 0]] * 2
+    assert found.codes.tolist() == [[[1, 0], [1, 1], [0, 1]]] * 2
+    drawn = genrec_ext.sample_items(step, trie, 3, users=2, seed=0)
+    assert [sorted(row) for row in drawn.codes.tolist()] == [[[0, 1], [1, 0], [1, 1]]] * 2
+
+
+def test_levels_are_integers_of_any_kind(ours):
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1]])
+    logits, scores, nodes = torch.randn(2, 4), torch.zeros(1, 2), torch.tensor([[0, 1]])
+    for step in (
+        lambda level: genrec_ext.trie_beam_step(logits, scores, nodes, trie, level, 3),
+        lambda level: genrec_ext.trie_sample_step(
+            logits, scores, scores, nodes, trie, level, 3, seed=0
+        ),
+        trie.labels,
+        trie.first_child,
+        trie.num_nodes,
+        lambda level: trie.allowed(level, nodes[0]),
+    ):
+        want = step(1)
+        for level in (True, np.int64(1), np.array(1), torch.tensor(1)):
+            got = step(level)
+            assert str(got) == str(want), level
+        for level in (-1, 9, np.int64(-1), 2**70):
+            with pytest.raises(ValueError, match=rf"level must lie in \[0, [23]\), got {level}"):
+                step(level)
+        for level in (1.0, 1.5, "1", None):
+            with pytest.raises(ValueError, match=r"level must be an integer in \[0, [23]\), got"):
+                step(level)
+    for call in (trie.closed, trie.filter(allowed=[True, False, True]).nodes):
+        with pytest.raises(ValueError, match=r"level must lie in \[0, 2\), got 2"):
+            call(2)
+
+
+def test_columns_of_levels_are_read_only():
+    trie = Trie.from_items([[0, 1]], level_offsets=[0, 4], level_sizes=[4, 2])
+    for name in ("level_offsets", "level_sizes"):
+        with pytest.raises(AttributeError):
+            setattr(trie, name, [1, 2])
+
+
+def test_a_default_device_changes_no_trie():
+    codes = torch.tensor([[0, 1], [0, 2], [3, 1]])
+    logits = torch.randn(3, 4)
+    with torch.device("meta"):
+        trie = Trie.from_items(codes)
+        drawn = genrec_ext.sample_items(
+            lambda level, parent, token: logits[: 1 if parent is None else 3],
+            trie,
+            3,
+            users=1,
+            seed=0,
+            softmax="level",
+        )
+    assert drawn.items.device.type == "cpu" and sorted(drawn.items[0].tolist()) == [0, 1, 2]
+
+
 def test_columns_beyond_int32_are_refused():
     for codes, offsets in (([[2**31 - 2]], [10]), ([[1, 1]], [0, 2**32])):
         with pytest.raises(ValueError, match="must stay below 2"):

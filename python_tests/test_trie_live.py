@@ -320,6 +320,10 @@ def test_versions_can_be_copied_and_pickled():
     assert_same(copy.deepcopy(trie), trie)
     assert_same(pickle.loads(pickle.dumps(trie)), trie)
     assert_same(pickle.loads(pickle.dumps(trie)).restoring([1]), trie.restoring([1]))
+    large = Trie.from_items(np.random.default_rng(0).integers(0, 256, (20_000, 4))).removing([5])
+    written = pickle.dumps(large)
+    assert len(written) < 1.1 * large.memory_bytes(), "each array once"
+    assert_same(pickle.loads(written), large)
 
 
 def test_versions_on_a_device_follow_those_on_the_cpu():

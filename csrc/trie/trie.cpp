@@ -239,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> trie_beam_step(
             width, temperature);
   StepArgs& a = step.a;
   if (level_end == -1) level_end = a.V;
-  require(level_end <= a.V, "the level owns columns [", level_begin, ", ", level_end,
+  require(level_end <= a.V, "logits must have at least ", level_end,
+          " columns: this level owns columns [", level_begin, ", ", level_end,
           "), but the logits have only ", a.V);
   require(0 <= level_begin && level_begin <= level_end,
           "the level's columns must satisfy 0 <= level_begin <= level_end <= V = ", a.V, ", got [",
