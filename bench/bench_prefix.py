@@ -10,6 +10,12 @@ python bench/bench_prefix.py [--device cuda] [--quick] [--only pointwise|pairwis
 The bytes that must move are one read of the logits and one write of the gradient, which is what
 `logits.clone()` moves.  "copy as a loss" is a loss that does no more: its gradient is a copy of the
 logits, and the rest of its time is torch's autograd.
+
+glibc returns large blocks to the system, and whoever is not given the last one's memory again waits
+for pages.  prefix-tuned-cpu is without that, for all:
+
+MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864 \
+    python bench/bench_prefix.py --only pairwise --name prefix-tuned-cpu
 """
 
 from __future__ import annotations
