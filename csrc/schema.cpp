@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(genrec, m) {
       "Tensor? ref_logps=None, " GENREC_SUPPORT ", " GENREC_OBJECTIVE
       ", float temperature=1.0, str reduction=\"mean\", float? normalizer=None, "
       "bool validate=False) -> Tensor");
+  // `scale` is each loss's factor, below 0 that of the mean: 1 / N.
   // loss [] or, unreduced, [N]; stats [N, 6], of which that of entropy may be 0 unless
   // with_entropy; grad like logits (empty unless with_grad).
   m.def(
@@ -115,7 +116,8 @@ STABLE_TORCH_LIBRARY(genrec, m) {
 
   // ---- prefix ----
   // B users, P <= T prefix lengths, C candidates, the first the positive; each per_level is
-  // [P], without gradient.  `grad_output` ([] or, unreduced, [B]) enters the gradient.
+  // [P], without gradient.  `grad_output` ([] or, unreduced, [B]) enters the gradient; `scale` as in
+  // sage_loss_forward.
   m.def(
       "prefix_loss(Tensor logits, Tensor tokens, Tensor weights, float beta, *, "
       "float temperature=1.0, float prefix_temperature=1.0, float ce_weight=1.0, "

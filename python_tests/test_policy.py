@@ -883,6 +883,75 @@ def test_second_derivatives_are_refused(ours):
             torch.autograd.grad(call(), logits, create_graph=True)
 
 
+def test_inplace_gradient_that_was_written_over_is_an_error(ours, device):
+    logits, tokens, old, advantages = there(device, batch(V=20))
+    leaf = logits.requires_grad_()
+
+    def losses(count=1):
+        z = leaf * 1
+        return z, [
+            ours.sage_loss(z, tokens, old, advantages, inplace_grad=True) for _ in range(count)
+        ]
+
+    with pytest.raises(RuntimeError, match="were written to before its backward"):
+        z, (loss,) = losses()
+        z.detach().clamp_(-0.01, 0.01)
+        loss.backward()
+    with pytest.raises(RuntimeError, match="were written to before its backward"):
+        _, two = losses(2)
+        sum(two).backward()
+    _, (loss,) = losses()
+    loss.backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_inplace_gradient_is_one_gradient(ours, device):
+    logits, tokens, old, advantages = there(device, batch(V=20))
+    z = logits.requires_grad_() * 1
+    config = SageConfig(reduction="none")
+    losses = ours.sage_loss(z, tokens, old, advantages, config=config, inplace_grad=True)
+    with pytest.raises(RuntimeError, match="is_grads_batched=True"):
+        torch.autograd.grad(losses, z, torch.eye(len(losses)).to(losses), is_grads_batched=True)
+
+
+def test_inplace_under_vmap_of_what_is_not_the_logits():
+    logits, tokens, old, advantages = batch(V=20)
+    logits.requires_grad_()
+    several = torch.stack([advantages, -advantages])
+    got = torch.func.vmap(
+        lambda a: genrec_ext.sage_loss(logits, tokens, old, a, inplace_grad=True)
+    )(several)
+    want = torch.stack([genrec_ext.sage_loss(logits, tokens, old, a) for a in several])
+    assert torch.allclose(got, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_what_is_no_number_takes_no_bound_away(ours, device, dtype):
+    """Neither in the entropy, which raises the negatives' bound, nor in the positives' boost."""
+    logits, tokens, old = (x[:1] for x in batch(V=64)[:3])
+    old = old - 8  # far above every bound
+    for sign, name in ((-1.0, "entropy"), (1.0, "boost")):
+        for value, config in (
+            (math.nan, SageConfig()),
+            (1.0, SageConfig(entropy_penalty=math.inf)),
+        ):
+            given = {name: torch.tensor([value])}
+            x, y = (logits.to(dtype).clone().requires_grad_() for _ in range(2))
+            a = torch.tensor([sign], dtype=dtype)
+            arguments = (tokens, old.to(dtype), a)
+            got = ours.sage_loss(x, *arguments, config=config, **given)
+            want = reference.sage_loss(y, *arguments, config=config, **given)
+            assert bool(got.isnan()) == bool(want.isnan())
+            assert value == value or got.isnan()
+
+
+def test_columns_that_are_no_three_tensors_are_named():
+    logits, tokens, old, advantages = batch(V=20)
+    for columns in ((tokens, tokens), ([0], [0], [1])):
+        with pytest.raises(ValueError, match="columns must be three tensors"):
+            genrec_ext.sage_loss(logits, tokens, old, advantages, columns=columns)
+
+
 def test_inplace_gradient_cannot_spoil_what_others_saved(ours, device):
     logits, tokens, old, advantages = there(device, batch(V=20))
     logits.requires_grad_()

@@ -262,6 +262,28 @@ def test_compiles_whole(case):
     same(outcome(operator, compiled(operator.call, "aot_eager"), tensors), want)
 
 
+@each(*(name for name in TABLE if name not in ("trie_allowed", *HOST)))
+def test_one_graph_serves_batches_of_any_size(case):
+    _, operator, tensors = case
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    call = torch.compile(operator.call, fullgraph=True, backend=backend, dynamic=True)
+    # Sizes that happen to be equal are not the same one.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for times in (1, 3, 2, 5, 4):
+            given = [
+                x if dim is None else torch.cat([x] * times, dim)
+                for x, dim in zip(tensors, operator.dims, strict=True)
+            ]
+            same(outcome(operator, call, given), outcome(operator, operator.call, given))
+    assert len(graphs) <= 2, "sizes are no constants of the graph"
+
+
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
     reason="inductor needs a C++ compiler",

@@ -53,6 +53,27 @@ def by_reference(given, config=None, weights=None):
     return (losses if weights is None else losses * weights[rows].double()).mean()
 
 
+def test_rows_without_tokens_are_in_no_statistic():
+    given = batch()
+    _, whole = sage_policy_loss()(**given)
+    _, parts = sage_policy_loss()(
+        **{name: x[:-1] for name, x in given.items()}
+    )  # the last is empty
+    assert whole == pytest.approx(parts)
+    none = {**given, "response_mask": torch.zeros_like(given["response_mask"])}
+    loss, metrics = sage_policy_loss()(**none)
+    assert loss.item() == 0 and all(value == value for value in metrics.values())
+
+
+def test_what_is_no_number_differs_from_numbers():
+    given = batch()
+    row = int(given["response_mask"].sum(1).argmax())
+    given["advantages"] = given["advantages"].clone()
+    given["advantages"][row, 0] = torch.nan
+    with pytest.raises(ValueError, match=rf"advantages must be one value a sequence.*row {row}"):
+        sage_policy_loss()(**given)
+
+
 def test_signature_is_the_recorded_one():
     found = inspect.signature(sage_policy_loss()).parameters
     assert {name: x.default for name, x in found.items()} == ARGUMENTS

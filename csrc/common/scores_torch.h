@@ -114,6 +114,12 @@ inline Gradient new_gradient(const Tensor& like, const Scores& s) {
 
 #endif
 
+// What each of N losses is multiplied with; below 0 stands for their mean, so that callers need not
+// know N, which under a trace has no value.
+inline double scale_of(double scale, int64_t N) {
+  return scale < 0 ? 1.0 / static_cast<double>(std::max<int64_t>(N, 1)) : scale;
+}
+
 inline void* memory_of(const std::optional<Tensor>& t) {
   return t.has_value() ? t->mutable_data_ptr() : nullptr;
 }

@@ -36,14 +36,14 @@ template <class S>
 GENREC_HD S clamp_keep_nan(S x, S low, S high) {
   return x < low ? low : (x > high ? high : x);
 }
-// min and max that hand a NaN in `a` on, unlike fmin and fmax.
+// min and max that hand a NaN on, unlike fmin and fmax: no bound is lost in silence.
 template <class S>
 GENREC_HD S smaller(S a, S b) {
-  return a > b ? b : a;
+  return a > b || b != b ? b : a;
 }
 template <class S>
 GENREC_HD S larger(S a, S b) {
-  return a < b ? b : a;
+  return a < b || b != b ? b : a;
 }
 
 // log(1 - e^x) for x <= -1e-7, by the form that keeps its digits.

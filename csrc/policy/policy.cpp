@@ -101,7 +101,7 @@ Sequences make_sequences(const Tensor& like, int64_t N, int64_t T, ScalarType S,
   a.boost = q.boost ? q.boost->const_data_ptr() : nullptr;
   a.ref_logps = q.ref_logps ? q.ref_logps->const_data_ptr() : nullptr;
   a.objective = objective;
-  a.scale = scale;
+  a.scale = scale_of(scale, N);
   a.losses = q.losses.mutable_data_ptr();
   a.stats = q.stats.mutable_data_ptr();
   return q;

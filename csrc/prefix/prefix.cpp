@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_loss_forward(
   const ScalarType S = accumulate_type(s.dtype);
   const Levels levels = make_levels(weights, s.T, S, beta, prefix_temperature,
                                     ce_weight / static_cast<double>(s.T), logits);
-  const Incoming incoming = make_incoming(grad_output, s.N, S, scale, logits);
+  const Incoming incoming = make_incoming(grad_output, s.N, S, scale_of(scale, s.N), logits);
   RowsArgs args;
   args.factors = levels.factors;
   args.outer = incoming.outer;

@@ -88,6 +88,11 @@ def support_arguments(
                 f"{list(nodes.shape)}"
             )
         columns = trie.support(nodes)
+    if columns is not None and (
+        len(columns) != 3 or not all(isinstance(part, Tensor) for part in columns)
+    ):
+        kinds = ", ".join(type(part).__name__ for part in columns)
+        raise ValueError(f"columns must be three tensors (columns, begin, end), got ({kinds})")
     lists = (None, None, None) if columns is None else columns
     return dict(zip(SUPPORT, (ranges, *lists), strict=True))
 
@@ -98,14 +103,15 @@ is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: 
 # Past the formula that register_autograd gave an operator.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 _functorch = torch._C._functorch
+# What torch.autograd.grad(is_grads_batched=True) hands down.
+is_batched_gradient = _functorch.is_legacy_batchedtensor
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether it holds numbers: not traced, not transformed, no fake, none of the batched gradients
-    that torch.autograd.grad(is_grads_batched=True) hands down."""
+    """Whether it holds numbers: not traced, not transformed, no fake, no batch of gradients."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    return not (is_transforming() or _functorch.is_legacy_batchedtensor(x))
+    return not (is_transforming() or is_batched_gradient(x))
 
 
 def values_of(x: Tensor) -> Tensor:

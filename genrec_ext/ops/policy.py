@@ -41,8 +41,10 @@ from ._shared import (
     call_plain,
     first_order_only,
     integers,
+    is_batched_gradient,
     is_one,
     is_plain,
+    is_transforming,
     keep_grad,
     kept_grad,
     one_device,
@@ -67,8 +69,11 @@ _OBJECTIVE = tuple(
 _STATS = ("ratio", "coefficient", "capped", "entropy", "p", "kl")
 
 
-def _scale(reduction: str, normalizer: float | None, N: int) -> tuple[float, bool]:
-    """(factor of each sequence's loss, whether to add them up)."""
+def _scale(reduction: str, normalizer: float | None) -> tuple[float, bool]:
+    """(factor of each sequence's loss, below 0 for that of a mean; whether to add them up).
+
+    Kernels know how many sequences there are; here a trace would have to fix their number.
+    """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be one of "mean", "sum", "none", got "{reduction}"')
     if normalizer is not None:
@@ -77,7 +82,7 @@ def _scale(reduction: str, normalizer: float | None, N: int) -> tuple[float, boo
         if not normalizer > 0:
             raise ValueError(f"normalizer must be positive, got {normalizer}")
         return 1.0 / normalizer, True
-    return (1.0 / max(N, 1) if reduction == "mean" else 1.0), reduction != "none"
+    return (-1.0 if reduction == "mean" else 1.0), reduction != "none"
 
 
 def _sequence_inputs(
@@ -402,7 +407,7 @@ def _kernel_arguments(logits: Tensor, arguments: dict[str, Any]) -> dict[str, An
     dtype = accumulate_dtype(logits)
     for name in ("entropy", "boost", "ref_logps"):
         arguments[name] = as_dtype(arguments[name], dtype)
-    scale, reduce = _scale(arguments.pop("reduction"), arguments.pop("normalizer"), logits.shape[0])
+    scale, reduce = _scale(arguments.pop("reduction"), arguments.pop("normalizer"))
     return {**arguments, "scale": scale, "reduce": reduce}
 
 
@@ -485,7 +490,8 @@ class _InplaceGrad(torch.autograd.Function):
         torch.autograd.graph.increment_version(logits)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.grad = logits.detach()
+        ctx.grad = logits.detach()  # counts the same writes
+        ctx.version = None if torch.compiler.is_compiling() else ctx.grad._version
         return loss, stats
 
     @staticmethod
@@ -499,6 +505,16 @@ class _InplaceGrad(torch.autograd.Function):
             return (None,) * 5
         first_order_only()
         grad, ctx.grad = ctx.grad, None
+        if ctx.version is not None and grad._version != ctx.version:
+            raise RuntimeError(
+                "the logits of sage_loss(inplace_grad=True) hold its gradient, and were written to "
+                "before its backward; use inplace_grad=False"
+            )
+        if ctx.version is not None and is_batched_gradient(grad_loss):
+            raise RuntimeError(
+                "sage_loss(inplace_grad=True) holds one gradient, so is_grads_batched=True cannot "
+                "have several; use inplace_grad=False"
+            )
         if not is_one(grad_loss):
             if grad.is_contiguous() and is_plain(grad_loss):
                 torch.ops.genrec.sage_loss_backward_(grad, grad_loss, *(None,) * len(SUPPORT))
@@ -515,8 +531,9 @@ def _sage_loss_inplace(
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     no_grad = not wants_grad("sage_loss", logits)
-    mapped = values_of(logits) is not logits
-    lazy = not torch.compiler.is_compiling() and logits.is_neg()
+    eager = not torch.compiler.is_compiling()
+    mapped = eager and (is_transforming() or values_of(logits) is not logits)
+    lazy = eager and logits.is_neg()
     if no_grad or mapped or lazy or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)
     dtype = accumulate_dtype(logits)

@@ -28,6 +28,8 @@ _FOLDED = {
 }
 # The place of `reduce`: unreduced, the losses are added up by slice afterwards.
 _REDUCE = {"sage_loss_forward": -3, "sage_loss_from_logps_forward": -1}
+# The place of `scale`: that of a mean is of the slice's sequences.
+_SCALE = {"sage_loss_forward": -5, "sage_loss_from_logps_forward": -2}
 _LOOPED = (
     "decoupled_advantages",
     "sinkhorn",
@@ -48,6 +50,7 @@ def _fold(x: Any, dim: int | None, size: int) -> Any:
 def _rule(name: str) -> Callable[..., tuple[Any, Any]]:
     kernel = getattr(torch.ops.genrec, name)
     folded, reduce = _FOLDED.get(name, ()), _REDUCE.get(name, 0)  # never the first
+    scale = _SCALE.get(name, 0)
 
     def one_by_one(size: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
         if not size:
@@ -68,6 +71,8 @@ def _rule(name: str) -> Callable[..., tuple[Any, Any]]:
             return one_by_one(size, dims, args)
         rows = args[0].shape[0 if dims[0] is None else int(dims[0] == 0)]
         together = [_fold(x, dims[i], size) if i in folded else x for i, x in enumerate(args)]
+        if scale and args[scale] < 0:
+            together[scale] = 1.0 / max(rows, 1)
         added = bool(reduce) and args[reduce]
         if added:
             together[reduce] = False
