@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._version import __version__
 from .tokenizers import command, kinds
 
 OBJECTIVES = ("ce", "msl", "bear", "apao-pointwise", "apao-pairwise")  # as training has them
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="genrec", description="Generative recommendation: train, decode, evaluate."
     )
+    parser.add_argument("--version", action="version", version=f"genrec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -110,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--resume", action="store_true", help="go on from the run folder's checkpoint"
+    )
+    train.add_argument(
+        "--overwrite", action="store_true", help="take the place of the run in the folder"
     )
     train.add_argument(
         "--track",
@@ -257,8 +262,9 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     if bilevel.get("order", "fd") != "fd":
         bilevel["order"] = int(bilevel["order"])
     nested = {"bilevel": bilevel, "sft": given("objective"), "reading": _reading(arguments)}
-    if arguments.resume:
-        options["resume"] = True
+    for name in ("resume", "overwrite"):
+        if getattr(arguments, name):
+            options[name] = True
     return {**options, **{name: part for name, part in nested.items() if part}}
 
 
@@ -306,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = ""
         if arguments.command == "train":
-            hint = "; the same command with --resume goes on from its last checkpoint"
+            hint = "; the same command with --resume goes on from its last checkpoint, if any"
         print(f"genrec: interrupted{hint}", file=sys.stderr)
         return 130
 
@@ -321,6 +327,7 @@ def _run(arguments: argparse.Namespace) -> int:
         config = training.TrainConfig(
             out=arguments.out,
             seed=arguments.seed,
+            overwrite=True,
             minutes=3.5,
             model=models.CompactConfig(width=64),
             sft=training.SFTConfig(leave_out=0.0, average=0.0),

@@ -98,10 +98,70 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path, monkeypatch, toke
     def unusable(*arguments, **options):
         raise ValueError("no such device")
 
+    for again in ({}, {"seed": 1}):
+        with pytest.raises(CheckpointError, match=r"holds a run; --resume goes on.*--overwrite"):
+            training.train(TrainConfig(**run, **again))
+    (tmp_path / "run" / "model.pt").rename(tmp_path / "model.pt")  # as of a run that was stopped
+    with pytest.raises(CheckpointError, match="holds a run"):
+        training.train(TrainConfig(**run))
+    (tmp_path / "model.pt").rename(tmp_path / "run" / "model.pt")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no such device"):
         patch.setattr(loop, "CompactRecommender", unusable)
-        training.train(TrainConfig(**run))
+        training.train(TrainConfig(**run, overwrite=True))
     assert there() == before and (tmp_path / "run" / "config.yaml").read_bytes() == settings
+
+
+def test_overwriting_a_run_leaves_nothing_of_it(tmp_path, monkeypatch):
+    data = tmp_path / "lines.txt"
+    data.write_text("".join(f"{u} 1 2 3 4 5\n" for u in range(1, 9)))
+    run = {
+        "data": data, "out": tmp_path / "run", "stages": ("sft",), "epochs": 1,
+        "covisitation_features": 0, "model": CompactConfig(width=16),
+    }  # fmt: skip
+    training.train(TrainConfig(**run))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.pt", "metrics.json", "report.html", "test_users.npz"} <= left
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "SFTTrainer", stopped)
+        training.train(TrainConfig(**run, seed=1, overwrite=True))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"model.pt", "metrics.json", "report.html", "test_users.npz"}
+    assert "overwrite: false" in (tmp_path / "run" / "config.yaml").read_text()
+    training.train(TrainConfig(**run, seed=1))  # what was stopped before a checkpoint is no run
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    (
+        (r"seed must lie in \[0, 2\^63\), got -5", {"seed": -5}),
+        ("patience must be at least 1, got 0", {"patience": 0}),
+        ("resume and overwrite exclude each other", {"resume": True, "overwrite": True}),
+    ),
+)
+def test_settings_that_no_run_can_have(tmp_path, text, change):
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(out=tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    (
+        ("steps must be at least 1, got 0", {"steps": 0}),
+        ("updates must be at least 1, got 0", {"updates": 0}),
+        ("candidates must be at least 2, got 1", {"candidates": 1}),
+        ("clamp must be positive and finite, got -1", {"clamp": -1.0}),
+        ("rate must be positive and finite, got nan", {"rate": float("nan")}),
+        ("kl_weight must be at least 0 and finite, got -1", {"kl_weight": -1.0}),
+    ),
+)
+def test_settings_of_rl_are_checked_before_anything_is_trained(text, change):
+    with pytest.raises(ValueError, match=text):
+        training.RLConfig(**change)
 
 
 def files_of(path):

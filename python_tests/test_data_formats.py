@@ -221,6 +221,15 @@ def test_named_columns_and_units(tmp_path: Path) -> None:
     assert data.times is not None and data.times[0].tolist() == [10, 20, 30]
 
 
+def test_positions_for_a_file_with_a_header_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("user_id,item_id\nann,pen\nann,ink\nbob,pen\n")
+    with pytest.raises(DataError, match=r"its first line is a header \(user_id, item_id\)"):
+        load(path, columns={"user": 0, "item": 1})
+    path.write_text("user7,item3\nuser7,item4\nuser7,item5\n")  # names of things, not of columns
+    assert load(path, columns={"user": 0, "item": 1}).num_items == 3
+
+
 def test_columns_by_position(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", delimited([(t, i, u) for u, i, t in ROWS], ","))
     data = load(path, columns={"user": 2, "item": 1, "time": 0})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import tables
 from .interactions import DataError
-from .reading import Facts, Layout, Reading, add_batches, layout_of
+from .reading import Facts, Layout, Reading, add_batches, is_header, layout_of
 from .text_files import batches, is_gzip, is_text, number, records
 
 # An ASIN: a book's ISBN, or Amazon's own.
@@ -51,7 +51,7 @@ def read_csv(paths: Sequence[Path], reading: Reading) -> Facts:
         first = header_of(path, separator, True)
         given = reading.columns or {}
         if any(isinstance(place, int) for place in given.values()):
-            _read(path, _by_position(path, len(first), reading, separator), reading)
+            _read(path, _by_position(path, first, reading, separator), reading)
             continue
         # Amazon's 2023 tables count milliseconds.
         unit = "ms" if "parent_asin" in first else "s"
@@ -59,8 +59,10 @@ def read_csv(paths: Sequence[Path], reading: Reading) -> Facts:
     return Facts()
 
 
-def _by_position(path: Path, width: int, reading: Reading, separator: str) -> Layout:
-    """The layout of a file without a header, of `columns` like `{"user": 0, "item": 1}`."""
+def _by_position(path: Path, first: Sequence[str], reading: Reading, separator: str) -> Layout:
+    """The layout of a file without a header, of `columns` like `{"user": 0, "item": 1}`; `first` is
+    its first record."""
+    width = len(first)
     names = [str(place) for place in range(width)]
     chosen = {}
     for role, place in (reading.columns or {}).items():
@@ -71,6 +73,13 @@ def _by_position(path: Path, width: int, reading: Reading, separator: str) -> La
             )
         chosen[role] = place
         names[place] = role
+    if {"user", "item"} <= chosen.keys() and all(
+        is_header(role, first[chosen[role]]) for role in ("user", "item")
+    ):
+        raise DataError(
+            f"{path}: its first line is a header ({', '.join(first)}), and columns gives "
+            "positions, which are for files without one; expected names"
+        )
     return layout_of(
         path,
         names,

@@ -90,6 +90,15 @@ class Layout:
     header: bool = True
 
 
+def plain_name(name: str) -> str:
+    return name.strip().lower().replace("_", "")
+
+
+def is_header(role: str, name: str) -> bool:
+    """Whether it is a common header of a column with this role."""
+    return plain_name(name) in _NAMES[role]
+
+
 def role_positions(path: Path, names: Sequence[str], reading: Reading) -> dict[str, int]:
     """Which column is the user, the item, the time and the rating.
 
@@ -99,7 +108,7 @@ def role_positions(path: Path, names: Sequence[str], reading: Reading) -> dict[s
     Raises:
         DataError: a role that is needed has no column.
     """
-    plain = [name.strip().lower().replace("_", "") for name in names]
+    plain = [plain_name(name) for name in names]
     found: dict[str, int] = {}
     given = reading.columns or {}
     for role, known in _NAMES.items():

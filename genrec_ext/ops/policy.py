@@ -345,7 +345,8 @@ def sage_loss(
         old_logps: ``[N, T]``, log-probabilities under the policy that sampled the tokens; score
             them with the same support as here, or the ratio is biased.
         advantages: ``[N]``.
-        mask: ``[N, T]``, True where a token counts.  Default: all.
+        mask: ``[N, T]``, True where a token counts.  Default: all.  A sequence of which none does
+            keeps a ratio of 1, has no gradient and counts in N: leave such rows out.
         entropy: ``[N]`` in [0, 1], normalised list entropy of the row's group.  Default 1: no
             penalty.
         boost: ``[N]`` in [0, 1], cold-start potential.  Default 1.

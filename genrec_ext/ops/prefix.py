@@ -98,7 +98,9 @@ def prefix_loss(
 
     Args:
         logits: ``[B, T, V]``, float32, float64, bfloat16 or float16.
-        tokens: ``[B, T]`` integers.
+        tokens: ``[B, T]`` integers in ``[0, V)``, columns of the logits: a code plus its level's
+            offset, where levels have columns of their own.  One outside its row's support scores
+            -100 and moves no logit.
         weights: ``[P]``, P <= T; without gradient.
         beta: weight of the prefixes.
         temperature: positive; logits are divided by it.
@@ -245,7 +247,7 @@ def prefix_pairwise_loss(
     Args:
         logits: ``[B, C, T, V]``, float32, float64, bfloat16 or float16: C candidates of each user,
             the first the positive.
-        tokens: ``[B, C, T]`` integers.
+        tokens: ``[B, C, T]`` integers in ``[0, V)``, columns of the logits.
         temperature: positive; logits are divided by it.
         duplicates, log_scale, weights, beta, prefix_temperature, ce_weight: as there.
 
@@ -403,7 +405,9 @@ def masked_softmax_loss(
 
     Args:
         logits: ``[B, T, V]``, float32, float64, bfloat16 or float16.
-        tokens: ``[B, T]`` integers.
+        tokens: ``[B, T]`` integers in ``[0, V)``, columns of the logits: a code plus its level's
+            offset, where levels have columns of their own.  One outside its row's support scores
+            -100 and moves no logit.
         trie: the catalogue.
         nodes: ``[B, T]`` integers, the node at which each token is chosen:
             ``trie.nodes_of(codes)``.
@@ -467,7 +471,9 @@ def beam_aware_loss(
 
     Args:
         logits: ``[B, T, V]``, float32, float64, bfloat16 or float16.
-        tokens: ``[B, T]`` integers.
+        tokens: ``[B, T]`` integers in ``[0, V)``, columns of the logits: a code plus its level's
+            offset, where levels have columns of their own.  One outside its row's support scores
+            -100 and moves no logit.
         beam_width: k, beams of the search to come, in [1, 2^24].
         weight: at least 0; 0 is plain cross-entropy over the rows with a choice.
         scale: positive, in nats.

@@ -42,6 +42,7 @@ class TrainConfig:
         device: a torch device.
         stages: some of ``"sft"``, ``"bilevel"`` and ``"rl"``, in this order; rl needs one before.
         resume: go on from the run folder's newest checkpoint, and with its tracked runs.
+        overwrite: take the place of the run that the folder holds, which is refused without.
         save_seconds: from one checkpoint to the next, at least; 0 for one after every step.
         parallel: under torchrun, ``"ddp"``: each process holds the whole model; ``"fsdp"``:
             weights, gradients and optimiser state are split among them.
@@ -71,6 +72,7 @@ class TrainConfig:
     device: str = "cpu"
     stages: tuple[str, ...] = DEFAULT_STAGES
     resume: bool = False
+    overwrite: bool = False
     save_seconds: float = 15.0
     parallel: str = "ddp"
     timeout: float = 10.0
@@ -141,6 +143,12 @@ class TrainConfig:
                 "parallel: 'fsdp' with the stage bilevel, which needs the whole model at once; "
                 "expected 'ddp'"
             )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: give one")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
         if not self.save_seconds >= 0:
             raise ValueError(f"save_seconds must be 0 or more, got {self.save_seconds}")
         if not self.timeout > 0:

@@ -24,7 +24,7 @@ from ..data import Interactions, Split, generate, leave_one_out
 from ..models import CompactRecommender
 from ..ops import sid_report
 from ..trie import Trie
-from . import checkpoint, distributed, evaluation, report, settings, tracking
+from . import checkpoint, distributed, evaluation, per_user, report, settings, tracking
 from . import run as run_module
 from .bilevel import BilevelTrainer, summarize
 from .checkpoint import Checkpoints
@@ -36,6 +36,8 @@ from .rl import SageTrainer
 from .sft import NonFiniteLossError, SFTTrainer
 
 METRIC = "recall@10"
+# What a finished run leaves beside its model.
+OUTCOME = ("metrics.json", "report.html", per_user.FILE)
 # Of a time budget: what the stages before it leave for a stage, and what all leave for the end, a
 # share or some validations' worth (two test rankings are wider than a validation's).
 _STAGE_SHARE = {"sft": 0.0, "bilevel": 0.4, "rl": 0.2}
@@ -92,6 +94,7 @@ class _Training:
         self.started = time.monotonic()
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, processes)
+        self._spare_another_run()
         if processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.device = distributed.own_device(config.device)
@@ -124,6 +127,14 @@ class _Training:
         self.ranked: evaluation.Ranking | None = None  # of the test users, by the kept model
 
     # ---- what a run starts from ----
+
+    def _spare_another_run(self) -> None:
+        held = (self.folder / run_module.MODEL_FILE).exists() or self.checkpoints.numbers()
+        if held and not (self.config.resume or self.config.overwrite):
+            raise checkpoint.CheckpointError(
+                f"{self.folder}: holds a run; --resume goes on with it, --overwrite takes its "
+                "place, or give another folder as --out"
+            )
 
     def _open(self) -> Interactions:
         if self.config.data is None:
@@ -225,7 +236,7 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to resume the other."""
         content = self.config.as_json()
-        free = "out data minutes resume device save_seconds parallel timeout track"
+        free = "out data minutes resume overwrite device save_seconds parallel timeout track"
         for name in free.split():
             del content[name]
         for stage in ("sft", "bilevel", "rl"):
@@ -263,6 +274,9 @@ class _Training:
         """The checkpoint to go on from, or None."""
         if not self.config.resume:  # not before, as data and settings may turn out to be unusable
             self.checkpoints.clear(keep=self._fitted_path().name)
+            if self.processes.first:
+                for name in (run_module.MODEL_FILE, *OUTCOME):
+                    (self.folder / name).unlink(missing_ok=True)
             return None
         content = self.checkpoints.load(self.device)
         if content is None:

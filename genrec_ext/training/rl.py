@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,14 @@ class RLConfig:
     def __post_init__(self) -> None:
         if self.rollouts not in ROLLOUTS:
             raise ValueError(f'rollouts must be "sample" or "beam", got {self.rollouts!r}')
+        for name, least in (("steps", 1), ("users", 1), ("candidates", 2), ("updates", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("rate", "clamp", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight must be at least 0 and finite, got {self.kl_weight}")
 
 
 def rewards_of(

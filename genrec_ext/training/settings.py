@@ -64,6 +64,7 @@ def save(path: Path, config: TrainConfig) -> None:
     """Writes a configuration for :func:`load`, in one step."""
     content = config.as_json()
     content["stages"] = list(config.stages)
+    content["overwrite"] = False  # who repeats a run has to say so anew
     checkpoint.save_text(path, _library("yaml").safe_dump(content, sort_keys=False))
 
 
