@@ -116,8 +116,8 @@ STABLE_TORCH_LIBRARY(genrec, m) {
 
   // ---- prefix ----
   // B users, P <= T prefix lengths, C candidates, the first the positive; each per_level is
-  // [P], without gradient.  `grad_output` ([] or, unreduced, [B]) enters the gradient; `scale` as in
-  // sage_loss_forward.
+  // [P], without gradient.  `grad_output` ([] or, unreduced, [B]) enters the gradient; `scale` as
+  // in sage_loss_forward.
   m.def(
       "prefix_loss(Tensor logits, Tensor tokens, Tensor weights, float beta, *, "
       "float temperature=1.0, float prefix_temperature=1.0, float ce_weight=1.0, "

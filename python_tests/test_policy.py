@@ -945,6 +945,33 @@ def test_what_is_no_number_takes_no_bound_away(ours, device, dtype):
             assert value == value or got.isnan()
 
 
+def test_arguments_of_another_kind_are_named():
+    logits, tokens, old, advantages = batch(V=20)
+    trie = Trie.from_items([[0, 1, 2, 3]])
+    for error, call in (
+        (
+            "tokens must be a tensor of integers, got list",
+            lambda: genrec_ext.sage_loss(logits, tokens.tolist(), old, advantages),
+        ),
+        (
+            "tokens must be a tensor of integers, got ndarray",
+            lambda: genrec_ext.sage_loss(logits, tokens.numpy(), old, advantages),
+        ),
+        (
+            "config must be a SageConfig, got dict",
+            lambda: genrec_ext.sage_loss(logits, tokens, old, advantages, config={}),
+        ),
+        (
+            r"logits must have shape \[N, T, V\], got \[24, 20\]",
+            lambda: genrec_ext.masked_softmax_loss(
+                logits.flatten(0, 1), tokens, trie, torch.zeros_like(tokens)
+            ),
+        ),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call()
+
+
 def test_columns_that_are_no_three_tensors_are_named():
     logits, tokens, old, advantages = batch(V=20)
     for columns in ((tokens, tokens), ([0], [0], [1])):

@@ -38,6 +38,8 @@ def as_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def integers(name: str, x: Tensor) -> Tensor:
     """int64 from any integer dtype; a float would lose its fraction silently."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, got {type(x).__name__}")
     if x.dtype == torch.int64:
         return x
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
@@ -82,6 +84,8 @@ def support_arguments(
             ) from error
         ranges = integers("ranges", ranges)
     if trie is not None:
+        if logits.dim() != 3:
+            raise ValueError(f"logits must have shape [N, T, V], got {list(logits.shape)}")
         if nodes is not None and nodes.dim() == 2 and nodes.shape != logits.shape[:2]:
             raise ValueError(
                 f"nodes must have shape {list(logits.shape[:2])}, one a row of logits, got "

@@ -102,6 +102,8 @@ def _sequence_inputs(
 
 def _objective(config: SageConfig) -> dict[str, Any]:
     """A config as the operators' arguments."""
+    if not isinstance(config, SageConfig):
+        raise ValueError(f"config must be a SageConfig, got {type(config).__name__}")
     return {name: getattr(config, name) for name in _OBJECTIVE}
 
 
