@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from builders import write_inter
 
 from genrec_ext import cli, tokenizers, training
 from genrec_ext.data import generate, leave_one_out
@@ -113,6 +114,45 @@ def test_evaluate_refuses_other_data(finished, tmp_path):
     other.write_text("1 1 2 3 4 5\n2 2 3 4 5 1\n")
     with pytest.raises(ValueError, match=r"is not what .* was trained on"):
         training.evaluate(finished[0], data=other)
+
+
+def test_a_table_that_comes_later_is_not_taken(tmp_path):
+    users = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}
+    tables = [{str(i): [f"<a_{i // 3}>", f"<b_{(i + by) % 3}>"] for i in range(9)} for by in (0, 1)]
+    folder = write_inter(tmp_path / "shop", users)
+    given = folder / "Shop.index.first.json"
+    given.write_text(json.dumps(tables[0]))
+    config = training.TrainConfig(
+        out=tmp_path / "run",
+        data=folder,
+        stages=("sft",),
+        epochs=1,
+        model=CompactConfig(width=16),
+    )
+    metrics = training.train(config)
+    (folder / "Shop.index.json").write_text(json.dumps(tables[1]))
+    assert training.evaluate(tmp_path / "run") == metrics["test"]
+    given.rename(folder / "Shop.index.second.json")
+    with pytest.raises(ValueError, match=r"no index table 'Shop.index.first.json'"):
+        training.evaluate(tmp_path / "run")
+
+
+def test_other_files_are_named_where_data_are_refused(tmp_path):
+    users = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}
+    folder = write_inter(tmp_path / "shop", users)
+    config = training.TrainConfig(
+        out=tmp_path / "run",
+        data=folder,
+        stages=("sft",),
+        epochs=1,
+        model=CompactConfig(width=16),
+    )
+    training.train(config)
+    table = {str(i): [f"<a_{i // 3}>", f"<b_{i % 3}>"] for i in range(9)}
+    (folder / "Shop.index.json").write_text(json.dumps(table))
+    text = "read Shop.inter.json, Shop.index.json, where the run read Shop.inter.json"
+    with pytest.raises(ValueError, match=text):
+        training.evaluate(tmp_path / "run")
 
 
 def test_recommend_gives_items_of_the_catalogue_once_each(finished):

@@ -127,9 +127,13 @@ def evaluate(
     source = run.source
     found = open_data(source if data is None else {**source, "path": str(data)})
     if found.fingerprint() != source["fingerprint"]:
+        read = [] if found.report is None else list(found.report.files)
+        others = ""
+        if source.get("files", read) != read:
+            others = f"; read {', '.join(read)}, where the run read {', '.join(source['files'])}"
         raise ValueError(
             f"data: {data or source['path']} is not what {folder} was trained on (fingerprint "
-            f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]})"
+            f"{found.fingerprint()[:12]}, expected {source['fingerprint'][:12]}{others})"
         )
     split = split_data(found, source)
     progress = None if importlib.util.find_spec("tqdm") is None else "test"
