@@ -155,7 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     recommend = commands.add_parser("recommend", help="items for a history")
     recommend.add_argument("run", help="run folder")
     recommend.add_argument(
-        "--history", required=True, help="comma-separated item ids of the data, oldest first"
+        "--history",
+        required=True,
+        type=_history,
+        help="item ids of the data, oldest first: apart by commas, or a JSON list",
     )
     recommend.add_argument("-k", type=_positive(int), default=10, help="how many (default: 10)")
     recommend.add_argument("--unseen", action="store_true", help="leave out items of the history")
@@ -290,6 +293,15 @@ def _group(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
+def _history(text: str) -> list[Any]:
+    if not text.lstrip().startswith("["):
+        return text.split(",")
+    try:
+        return list(json.loads(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON list: {error}") from error
+
+
 def _columns(text: str) -> dict[str, str | int]:
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     return {role: int(name) if name.isdecimal() else name for role, name in pairs}
@@ -354,7 +366,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(path)
     else:
         found = training.recommend(
-            arguments.run, arguments.history.split(","), arguments.k, unseen=arguments.unseen
+            arguments.run, arguments.history, arguments.k, unseen=arguments.unseen
         )
         if arguments.json:
             print(json.dumps(found, indent=2))

@@ -116,6 +116,32 @@ def test_evaluate_refuses_other_data(finished, tmp_path):
         training.evaluate(finished[0], data=other)
 
 
+def test_items_of_any_name_can_be_recommended_from(tmp_path, capsys):
+    names = ["a,b", " c ", "7", "d", "e"]
+    rows = [f'{u},"{names[(u + i) % 5]}",{i}' for u in range(6) for i in range(4)]
+    (tmp_path / "shop.csv").write_text("\n".join(["user,item,time", *rows]))
+    config = training.TrainConfig(
+        out=tmp_path / "run",
+        data=tmp_path / "shop.csv",
+        stages=("sft",),
+        epochs=1,
+        model=CompactConfig(width=16),
+    )
+    training.train(config)
+    want = training.recommend(tmp_path / "run", ["a,b", " c ", "7"], 3)
+    assert training.recommend(tmp_path / "run", ["a,b", " c ", 7], 3) == want
+    told = ["recommend", str(tmp_path / "run"), "-k", "3", "--history"]
+    capsys.readouterr()
+    assert cli.main([*told, '["a,b", " c ", 7]']) == 0
+    shown = capsys.readouterr().out
+    assert all(item["item"].strip() in shown for item in want)
+    assert cli.main([*told, "d,e"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main([*told, "[1, "])
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        training.recommend(tmp_path / "run", ["d"], 0)
+
+
 def test_a_table_that_comes_later_is_not_taken(tmp_path):
     users = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}
     tables = [{str(i): [f"<a_{i // 3}>", f"<b_{(i + by) % 3}>"] for i in range(9)} for by in (0, 1)]

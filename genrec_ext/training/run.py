@@ -142,14 +142,14 @@ def evaluate(
 
 
 def recommend(
-    folder: str | Path, history: Sequence[str], k: int = 10, *, unseen: bool = False
+    folder: str | Path, history: Sequence[object], k: int = 10, *, unseen: bool = False
 ) -> list[dict[str, Any]]:
     """The best items after a history.
 
     Args:
         folder: the run folder.
-        history: the data's own item ids, oldest first; empty for a new user.
-        k: how many.
+        history: the data's own item ids, as text or as numbers, oldest first; empty for a new user.
+        k: how many, at least 1.
         unseen: leave out the items of the history.
 
     Returns:
@@ -157,11 +157,14 @@ def recommend(
         log-probability of its semantic ID.  Items that share one are listed together.
 
     Raises:
-        ValueError: an id is none of the catalogue's.
+        ValueError: an id is none of the catalogue's, or k is below 1.
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     run = load(folder)
     place = {key: i for i, key in enumerate(run.item_ids)}
-    keys = [key.strip() for key in history if key.strip()]
+    told = [str(key) for key in history]  # blanks around an id count where it has them
+    keys = [key if key in place else key.strip() for key in told if key.strip()]
     unknown = [key for key in keys if key not in place]
     if unknown:
         raise ValueError(
