@@ -135,6 +135,20 @@ def test_overwriting_a_run_leaves_nothing_of_it(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model.pt").exists()
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    config = TrainConfig(out=tmp_path / "run", stages=("sft",), epochs=1)
+    with (
+        checkpoint.writing_alone(tmp_path / "run"),
+        pytest.raises(CheckpointError, match="another run is writing there"),
+    ):
+        training.train(config)
+    assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(RuntimeError), checkpoint.writing_alone(tmp_path / "run"):
+        raise RuntimeError
+    with checkpoint.writing_alone(tmp_path / "run"):  # who failed has let go
+        pass
+
+
 @pytest.mark.parametrize(
     "text, change",
     (

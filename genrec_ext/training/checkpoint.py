@@ -6,6 +6,7 @@ which its processes write together. Knows files and containers of tensors; nothi
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,6 +29,36 @@ FORMAT = 1
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, cut short, of another format or of another run."""
+
+
+@contextmanager
+def writing_alone(folder: Path, processes: Processes = ALONE) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made, while this one writes to it.
+
+    The system lets go of it whenever the process ends.  Where the file system has no locks, nobody
+    is kept out.
+
+    Raises:
+        CheckpointError: another run is writing there.
+    """
+    if not processes.first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".writing"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another run is writing there; wait for its end or give another folder"
+            ) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # ---- single files ----

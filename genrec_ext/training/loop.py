@@ -37,7 +37,10 @@ from .sft import NonFiniteLossError, SFTTrainer
 
 METRIC = "recall@10"
 # What a finished run leaves beside its model.
-OUTCOME = ("metrics.json", "report.html", per_user.FILE)
+OUTCOME = (
+    *("metrics.json", "report.html", per_user.FILE),
+    *("tokenizer.safetensors", "failed_batch.pt"),
+)
 # Of a time budget: what the stages before it leave for a stage, and what all leave for the end, a
 # share or some validations' worth (two test rankings are wider than a validation's).
 _STAGE_SHARE = {"sft": 0.0, "bilevel": 0.4, "rl": 0.2}
@@ -66,8 +69,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: torch has no such ``device`` here.
         DataError: the data cannot be read.
-        CheckpointError: ``resume`` finds a checkpoint of another run or a damaged one, or a
-            checkpoint cannot be written.
+        CheckpointError: the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or
+            another run is writing there; ``resume`` finds a checkpoint of another run or a damaged
+            one, or a checkpoint cannot be written.
         ImportError: the ``[train]`` extra is not installed.
         ConnectionError: another process ended, or did not answer in time.
         FloatingPointError: a loss is not finite; ``failed_batch.pt`` holds what it is of.
@@ -77,7 +81,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
     tracking.check(config.track)
     distributed.check_device(config.device)
-    with distributed.joined(config.parallel, 60 * config.timeout, config.device) as processes:
+    with (
+        distributed.joined(config.parallel, 60 * config.timeout, config.device) as processes,
+        checkpoint.writing_alone(Path(config.out), processes),
+    ):
         return _Training(config, processes).run()
 
 
@@ -95,8 +102,6 @@ class _Training:
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(self.folder, processes)
         self._spare_another_run()
-        if processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.device = distributed.own_device(config.device)
         torch.manual_seed(config.seed)
         self.best_possible: dict[str, Any] | None = None
