@@ -116,18 +116,20 @@ def test_evaluate_refuses_other_data(finished, tmp_path):
         training.evaluate(finished[0], data=other)
 
 
+NINE = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}  # items of as many users
+
+
+def train_briefly(out, data):
+    return training.train(
+        TrainConfig(out=out, data=data, stages=("sft",), epochs=1, model=CompactConfig(width=16))
+    )
+
+
 def test_items_of_any_name_can_be_recommended_from(tmp_path, capsys):
     names = ["a,b", " c ", "7", "d", "e"]
     rows = [f'{u},"{names[(u + i) % 5]}",{i}' for u in range(6) for i in range(4)]
     (tmp_path / "shop.csv").write_text("\n".join(["user,item,time", *rows]))
-    config = training.TrainConfig(
-        out=tmp_path / "run",
-        data=tmp_path / "shop.csv",
-        stages=("sft",),
-        epochs=1,
-        model=CompactConfig(width=16),
-    )
-    training.train(config)
+    train_briefly(tmp_path / "run", tmp_path / "shop.csv")
     want = training.recommend(tmp_path / "run", ["a,b", " c ", "7"], 3)
     assert training.recommend(tmp_path / "run", ["a,b", " c ", 7], 3) == want
     told = ["recommend", str(tmp_path / "run"), "-k", "3", "--history"]
@@ -143,19 +145,11 @@ def test_items_of_any_name_can_be_recommended_from(tmp_path, capsys):
 
 
 def test_a_table_that_comes_later_is_not_taken(tmp_path):
-    users = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}
     tables = [{str(i): [f"<a_{i // 3}>", f"<b_{(i + by) % 3}>"] for i in range(9)} for by in (0, 1)]
-    folder = write_inter(tmp_path / "shop", users)
+    folder = write_inter(tmp_path / "shop", NINE)
     given = folder / "Shop.index.first.json"
     given.write_text(json.dumps(tables[0]))
-    config = training.TrainConfig(
-        out=tmp_path / "run",
-        data=folder,
-        stages=("sft",),
-        epochs=1,
-        model=CompactConfig(width=16),
-    )
-    metrics = training.train(config)
+    metrics = train_briefly(tmp_path / "run", folder)
     (folder / "Shop.index.json").write_text(json.dumps(tables[1]))
     assert training.evaluate(tmp_path / "run") == metrics["test"]
     given.rename(folder / "Shop.index.second.json")
@@ -164,16 +158,8 @@ def test_a_table_that_comes_later_is_not_taken(tmp_path):
 
 
 def test_other_files_are_named_where_data_are_refused(tmp_path):
-    users = {str(u): [(u + i) % 9 for i in range(5)] for u in range(9)}
-    folder = write_inter(tmp_path / "shop", users)
-    config = training.TrainConfig(
-        out=tmp_path / "run",
-        data=folder,
-        stages=("sft",),
-        epochs=1,
-        model=CompactConfig(width=16),
-    )
-    training.train(config)
+    folder = write_inter(tmp_path / "shop", NINE)
+    train_briefly(tmp_path / "run", folder)
     table = {str(i): [f"<a_{i // 3}>", f"<b_{i % 3}>"] for i in range(9)}
     (folder / "Shop.index.json").write_text(json.dumps(table))
     text = "read Shop.inter.json, Shop.index.json, where the run read Shop.inter.json"
