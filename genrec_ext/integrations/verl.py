@@ -96,21 +96,18 @@ def sage_policy_loss(config: SageConfig | None = None) -> PolicyLoss:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
         mask = response_mask.bool()
         present = mask.any(1)
-        given = {"advantages": _one_a_row("advantages", advantages, mask)}
-        if rollout_is_weights is not None:
-            given["weights"] = _one_a_row("rollout_is_weights", rollout_is_weights, mask)
         # Rows without tokens are no sequences, in the statistics neither, unless there is no other.
         rows = present if bool(present.any()) else ~present
         losses, stats = sage_loss_from_logps(
             log_prob.float()[rows],
             old_log_prob.float()[rows],
-            given["advantages"][rows],
+            _one_a_row("advantages", advantages, mask)[rows],
             mask=mask[rows],
             config=own,
             return_stats=True,
         )
-        if "weights" in given:
-            losses = losses * given["weights"][rows]
+        if rollout_is_weights is not None:
+            losses = losses * _one_a_row("rollout_is_weights", rollout_is_weights, mask)[rows]
         total = torch.where(present[rows], losses, 0).sum()
         moved = torch.where(mask, old_log_prob - log_prob.detach(), 0).sum() / mask.sum().clamp(
             min=1
@@ -134,8 +131,9 @@ def _one_a_row(name: str, values: Tensor, mask: Tensor) -> Tensor:
     high = values.masked_fill(~mask, -torch.inf).amax(1)
     low = values.masked_fill(~mask, torch.inf).amin(1)
     empty = ~mask.any(1)
-    some, all_of = ((values.isnan() & mask).any(1), (values.isnan() | ~mask).all(1))
-    differs = ((high - low).abs() > 1e-6 * high.abs().clamp(min=1)) | (some & ~all_of)
+    nan = values.isnan() & mask
+    differs = (high - low).abs() > 1e-6 * high.abs().clamp(min=1)
+    differs |= nan.any(1) & (nan != mask).any(1)  # beside numbers
     if bool((differs & ~empty).any()):
         row = int((differs & ~empty).nonzero()[0])
         raise ValueError(

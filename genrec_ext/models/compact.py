@@ -466,15 +466,10 @@ class CompactRecommender(nn.Module):
                 logps.append(torch.zeros(tokens.shape, dtype=state.dtype, device=state.device))
                 continue
             logits = self.level_logits(state.index_select(0, users), prefixes)
-            own = context_logps(
-                logits,
-                candidates.codes[users, firsts, level],
-                rows,
-                tokens,
-                temperature=temperature,
-                **support,
+            first = candidates.codes[users, firsts, level]
+            logps.append(
+                context_logps(logits, first, rows, tokens, temperature=temperature, **support)
             )
-            logps.append(own)
         return torch.stack(logps, -1)
 
     def step_fn(self, state: Tensor) -> StepFn:

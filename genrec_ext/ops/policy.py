@@ -50,7 +50,6 @@ from ._shared import (
     one_device,
     register_body,
     support_arguments,
-    values_of,
     wants_grad,
 )
 
@@ -535,7 +534,7 @@ def _sage_loss_inplace(
 ) -> tuple[Tensor, Tensor]:
     no_grad = not wants_grad("sage_loss", logits)
     eager = not torch.compiler.is_compiling()
-    mapped = eager and (is_transforming() or values_of(logits) is not logits)
+    mapped = eager and is_transforming()
     lazy = eager and logits.is_neg()
     if no_grad or mapped or lazy or _is_sparse(logits, arguments):  # nothing to overwrite
         return _sage_loss_and_stats(logits, tokens, old_logps, advantages, **arguments)

@@ -37,10 +37,7 @@ from .sft import NonFiniteLossError, SFTTrainer
 
 METRIC = "recall@10"
 # What a finished run leaves beside its model.
-OUTCOME = (
-    *("metrics.json", "report.html", per_user.FILE),
-    *("tokenizer.safetensors", "failed_batch.pt"),
-)
+OUTCOME = "metrics.json", "report.html", per_user.FILE, "tokenizer.safetensors", "failed_batch.pt"
 # Of a time budget: what the stages before it leave for a stage, and what all leave for the end, a
 # share or some validations' worth (two test rankings are wider than a validation's).
 _STAGE_SHARE = {"sft": 0.0, "bilevel": 0.4, "rl": 0.2}
