@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -228,6 +229,97 @@ def test_positions_for_a_file_with_a_header_are_refused(tmp_path: Path) -> None:
         load(path, columns={"user": 0, "item": 1})
     path.write_text("user7,item3\nuser7,item4\nuser7,item5\n")  # names of things, not of columns
     assert load(path, columns={"user": 0, "item": 1}).num_items == 3
+
+
+# The same moment in each: 1,514,851,200 seconds, and what the offsets make of it.
+DATES = {
+    "day": ["2018-01-{:02d}", 86400.0],
+    "minute": ["2018-01-02T00:{:02d}", 60.0],
+    "space": ["2018-01-02 00:00:{:02d}", 1.0],
+    "zulu": ["2018-01-02T00:00:{:02d}.000Z", 1.0],
+    "utc": ["2018-01-02 00:00:{:02d} UTC", 1.0],
+    "offset": ["2018-01-02T02:00:{:02d}+02:00", 1.0],
+    "short offset": ["2018-01-01T21:00:{:02d}-0300", 1.0],
+    "nanoseconds": ["2018-01-02 00:00:00.0000{:02d}999", 1e-6],
+}
+
+
+@pytest.mark.parametrize("polars", [False, True], ids=["python", "polars"])
+@pytest.mark.parametrize("kind", DATES)
+def test_times_may_be_dates(
+    tmp_path: Path, kind: str, polars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if polars:
+        pytest.importorskip("polars")
+        monkeypatch.setattr(tables, "WORTH_POLARS", 0)
+    form, unit = DATES[kind]
+    rows = [(user, item, form.format(time)) for user, item, time in ROWS]
+    data = load(
+        write(tmp_path / "shop.csv", delimited(rows, ",", "user,item,event_time")), time_unit="ms"
+    )
+    assert named(data) == ORDER
+    assert data.times is not None
+    for user, sequence in zip(data.user_ids, data.times, strict=True):
+        # The first of January is day 1, midnight of the second is second 0.
+        start = 1514851200.0 - (2 * 86400.0 if kind == "day" else 0.0)
+        seconds = sorted(time for who, _, time in ROWS if who == user)
+        np.testing.assert_allclose(sequence - start, np.array(seconds) * unit, rtol=0, atol=3e-7)
+
+
+def test_numbers_and_dates_in_one_column(tmp_path: Path) -> None:
+    rows = [("ann", "a", "1970-01-01T00:00:02Z"), ("ann", "b", "1000"), ("ann", "c", "3e3")]
+    data = load(write(tmp_path / "shop.csv", delimited(rows, ",", "user,item,ts")), time_unit="ms")
+    assert named(data) == {"ann": ["b", "a", "c"]}
+
+
+@pytest.mark.parametrize("polars", [False, True], ids=["python", "polars"])
+@pytest.mark.parametrize(
+    "text",
+    ["2018-02-30", "2018-01-01T25:00", "01/02/2018", "2018-01-01T", "2018-01-01T00:00+99:00",
+     "2018-01-01T00:00:00123", "2018-01-01 00:00:00.1234567890", "now", "NaT", "٢٠١٨-01-01"],
+)  # fmt: skip
+def test_what_is_no_date(
+    tmp_path: Path, text: str, polars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if polars:
+        pytest.importorskip("polars")
+        monkeypatch.setattr(tables, "WORTH_POLARS", 0)
+    rows = [(user, item, f"2018-01-01 00:00:{time:02d}") for user, item, time in ROWS]
+    rows.insert(2, ("ann", "pen", text))
+    path = write(tmp_path / "shop.csv", delimited(rows, ",", "user,item,time"))
+    with pytest.raises(DataError, match=rf"line 4 has the time '{re.escape(text)}'; expected a"):
+        load(path)
+    with pytest.warns(UserWarning, match="1 malformed"):
+        assert named(load(path, malformed="skip")) == ORDER
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+@pytest.mark.parametrize("name", ["shop.csv", "shop.tsv", "shop.csv.gz"])
+def test_the_first_line_tells_the_separator(tmp_path: Path, separator: str, name: str) -> None:
+    content = delimited(ROWS, separator, separator.join(("user_id", "item_id", "timestamp")))
+    path = write(tmp_path / name.removesuffix(".gz"), content)
+    path = compressed(path) if name.endswith(".gz") else path
+    data = load(path)
+    assert data.report.format == "csv"
+    assert named(data) == ORDER
+    bare = write(tmp_path / "bare.csv", delimited(ROWS, separator))
+    assert named(load(bare, columns={"user": 0, "item": 1, "time": 2})) == ORDER
+
+
+def test_commas_and_tabs_come_before_other_separators(tmp_path: Path) -> None:
+    rows = [(f"{user};x", f"{item}|y", time) for user, item, time in ROWS]
+    for name, separator in (("shop.csv", ","), ("shop.tsv", "\t")):
+        header = separator.join(("user", "item", "time", "a;b|c"))
+        path = write(tmp_path / name, delimited([(*row, "") for row in rows], separator, header))
+        assert set(load(path).user_ids) == {"ann;x", "bob;x"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "shop.csv"
+    path.write_bytes(("\ufeff" + delimited(ROWS, ",", "user,item,time")).encode(encoding))
+    with pytest.raises(DataError, match=r"shop.csv: the file is UTF-16; expected UTF-8 text"):
+        load(path)
 
 
 def test_columns_by_position(tmp_path: Path) -> None:
@@ -668,6 +760,23 @@ def test_parquet_kinds_of_columns(tmp_path: Path) -> None:
         data = load(path, time_unit=unit)
         assert named(data) == {u: [str(numbers[i]) for i in items] for u, items in ORDER.items()}
         assert data.times is not None and data.times[0].tolist() == [10, 20, 30]
+
+
+def test_parquet_with_dates_as_text(tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars")
+    path = tmp_path / "a.parquet"
+    rows = [(user, item, f"2018-01-01 00:00:{time:02d}") for user, item, time in ROWS]
+    polars.DataFrame(rows, schema=["user", "item", "time"], orient="row").write_parquet(path)
+    data = load(path)
+    assert named(data) == ORDER
+    assert data.times is not None
+    assert [time - 1514764800 for time in data.times[0].tolist()] == [10, 20, 30]
+    rows += [("ann", "x", "yesterday"), ("ann", "y", None)]
+    polars.DataFrame(rows, schema=["user", "item", "time"], orient="row").write_parquet(path)
+    with pytest.raises(DataError, match="row 7 has the time 'yesterday'; expected a finite number"):
+        load(path)
+    with pytest.warns(UserWarning, match="2 malformed"):
+        assert named(load(path, malformed="skip")) == ORDER
 
 
 def test_malformed_parquet(tmp_path: Path) -> None:

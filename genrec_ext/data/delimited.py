@@ -13,7 +13,7 @@ from pathlib import Path
 from . import tables
 from .interactions import DataError
 from .reading import Facts, Layout, Reading, add_batches, is_header, layout_of
-from .text_files import batches, is_gzip, is_text, number, records
+from .text_files import batches, is_gzip, is_text, lines, number, records
 
 # An ASIN: a book's ISBN, or Amazon's own.
 _ASIN = re.compile(r"[0-9]{9}[0-9X]|B[0-9A-Z]{9}")
@@ -28,8 +28,12 @@ _GENRES = (
 
 
 def separator_of(path: Path) -> str:
-    """By the name: tabs in ``.tsv``, commas else."""
-    return "\t" if ".tsv" in path.suffixes else ","
+    """Tabs in ``.tsv``, commas else; what a first line without one of these has of ``; \\t |``."""
+    usual = "\t" if ".tsv" in path.suffixes else ","
+    _, first = next(lines(path), (1, ""))
+    if usual in first:
+        return usual
+    return next((other for other in ",;\t|" if other in first), usual)
 
 
 def header_of(path: Path, separator: str, quoted: bool) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import moments
 from .interactions import DataError
 from .log import Log
 from .tally import Tally
@@ -21,11 +22,24 @@ from .text_files import Batch, is_text, number, numbers
 SECONDS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 """How many of a unit of time are a second."""
 
+A_TIME = "a finite number, or a date like 2018-01-31 or 2018-01-31T12:00:00Z"
+"""What a time is, for messages."""
+
 # Header -> role, in the order of preference. Compared in lower case without underscores.
 _NAMES = {
     "user": ("user", "userid", "reviewerid", "uid", "customerid", "visitorid", "sessionid"),
-    "item": ("item", "itemid", "parentasin", "asin", "movieid", "productid", "iid", "sku"),
-    "time": ("timestamp", "time", "unixreviewtime", "ts", "datetime", "date"),
+    "item": (
+        "item",
+        "itemid",
+        "parentasin",
+        "asin",
+        "movieid",
+        "productid",
+        "articleid",
+        "iid",
+        "sku",
+    ),
+    "time": ("timestamp", "time", "unixreviewtime", "ts", "datetime", "date", "eventtime", "tdat"),
     "rating": ("rating", "overall", "stars", "score"),
 }
 
@@ -215,10 +229,9 @@ def _columns(rows: list[list[str]], layout: Layout) -> _Columns | None:
         return None
     times = ratings = None
     if layout.time is not None:
-        times = numbers(list(map(itemgetter(layout.time), rows)))
+        times = moments.times(list(map(itemgetter(layout.time), rows)), layout.units)
         if times is None:
             return None
-        times /= layout.units
     if layout.rating is not None:
         ratings = numbers(list(map(itemgetter(layout.rating), rows)))
         if ratings is None:
@@ -237,9 +250,11 @@ def _problem(fields: list[str], layout: Layout) -> str:
             return f"has no {role} id; expected one"
         if not is_text(fields[place]):
             return f"has an id of the {role} that is not UTF-8; expected UTF-8 text"
-    for role, at in (("time", layout.time), ("rating", layout.rating)):
-        if at is not None and number(fields[at]) is None:
-            return f"has the {role} {shortened(fields[at])}; expected a finite number"
+    time, rating = layout.time, layout.rating
+    if time is not None and moments.times([fields[time]], layout.units) is None:
+        return f"has the time {shortened(fields[time])}; expected {A_TIME}"
+    if rating is not None and number(fields[rating]) is None:
+        return f"has the rating {shortened(fields[rating])}; expected a finite number"
     return ""
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import numpy as np
 
 from .interactions import DataError, Interactions
+from .moments import seconds
 from .sequences import Sequences, blocks, counts, joined, lengths_of
 
 
@@ -162,27 +162,6 @@ def time_split(
         valid_users=valid[0],
         test_users=test[0],
     )
-
-
-def seconds(moment: float | str) -> float:
-    """Seconds since 1970 of a number or a date.
-
-    >>> seconds("1970-01-02"), seconds("1970-01-01T01:00+01:00"), seconds(3)
-    (86400.0, 0.0, 3.0)
-    """
-    if not isinstance(moment, str):
-        return float(moment)
-    try:
-        return float(moment)
-    except ValueError:
-        pass
-    try:
-        date = datetime.fromisoformat(moment)
-    except ValueError as error:
-        raise ValueError(
-            f"{moment!r} is no moment; expected seconds since 1970 or a date like 2018-01-31"
-        ) from error
-    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _moments(

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from . import moments
 from .interactions import DataError
-from .reading import Facts, Layout, Reading, add_columns, layout_of, shortened
+from .reading import A_TIME, Facts, Layout, Reading, add_columns, layout_of, shortened
 
 BATCH_ROWS = 1 << 18
 # Files under this many bytes are read before polars has been imported.
@@ -77,21 +78,19 @@ def read_csv(path: Path, layout: Layout, reading: Reading) -> bool:
             polars.col(names[layout.item]).alias("item"),
             polars.col(names[-1]).is_null().alias("short"),
         ]
-        for role, place in (("time", layout.time), ("rating", layout.rating)):
-            if place is not None:
-                number = polars.col(names[place]).cast(polars.Float64, strict=False)
-                columns.append(number.alias(role))
+        if layout.time is not None:
+            columns.append(polars.col(names[layout.time]).alias("time"))
+        if layout.rating is not None:
+            rating = polars.col(names[layout.rating]).cast(polars.Float64, strict=False)
+            columns.append(rating.alias("rating"))
         for batch in _batches(scan.select(columns)):
             reading.tally.rows += len(batch)
             if batch["short"].any() or not all(_plain(batch[role]) for role in ("user", "item")):
                 return False
-            values = {}
-            for role in ("time", "rating"):
-                if role in batch.columns:
-                    values[role] = _floats(batch[role])
-                    if not np.isfinite(values[role]).all():
-                        return False
-            _add(batch, values, layout, reading)
+            values = _values(batch, layout)
+            if not all(np.isfinite(numbers).all() for numbers in values.values()):
+                return False
+            _add(batch, values, reading)
     except polars.exceptions.PolarsError:
         return False
     return True
@@ -143,13 +142,15 @@ def _typed(
                 f"{path}: column {names[at]!r} is {kind}; expected numbers"
                 + (" or dates" if role == "time" else "")
             )
-        columns.append(column.cast(polars.Float64, strict=False).alias(role))
+        if role == "rating" or kind != polars.String:
+            column = column.cast(polars.Float64, strict=False)
+        columns.append(column.alias(role))
     return columns
 
 
 def _add_checked(path: Path, batch: Any, first: int, layout: Layout, reading: Reading) -> None:
     """Rows of Parquet: those with empty or unusable cells are malformed."""
-    values = {role: _floats(batch[role]) for role in ("time", "rating") if role in batch.columns}
+    values = _values(batch, layout)
     fine = np.ones(len(batch), dtype=bool)
     for role in ("user", "item"):
         fine &= (batch[role].is_not_null() & (batch[role] != "")).to_numpy()
@@ -163,24 +164,42 @@ def _add_checked(path: Path, batch: Any, first: int, layout: Layout, reading: Re
             what = (
                 f"has no {empty[0]} id; expected one"
                 if empty
-                else f"has the {wrong[0]} {shortened(str(cells[wrong[0]]))}; expected a finite "
-                "number"
+                else f"has the {wrong[0]} {shortened(str(cells[wrong[0]]))}; expected "
+                + (A_TIME if wrong[0] == "time" else "a finite number")
             )
             reading.tally.bad(f"{path}: row {first + row + 1} {what}")
         batch = batch.filter(fine)
         values = {role: numbers[fine] for role, numbers in values.items()}
-    _add(batch, values, layout, reading)
+    _add(batch, values, reading)
 
 
-def _add(batch: Any, values: dict[str, np.ndarray], layout: Layout, reading: Reading) -> None:
-    time = values.get("time")
-    add_columns(
-        batch["user"].to_list(),
-        batch["item"].to_list(),
-        None if time is None else time / layout.units,
-        values.get("rating"),
-        reading,
-    )
+def _add(batch: Any, values: dict[str, np.ndarray], reading: Reading) -> None:
+    users, items = batch["user"].to_list(), batch["item"].to_list()
+    add_columns(users, items, values.get("time"), values.get("rating"), reading)
+
+
+def _values(batch: Any, layout: Layout) -> dict[str, np.ndarray]:
+    """Seconds, and ratings, as far as they are there: float64, NaN for what is neither."""
+    values = {}
+    if "time" in batch.columns:
+        values["time"] = _seconds(batch["time"], layout.units)
+    if "rating" in batch.columns:
+        values["rating"] = _floats(batch["rating"])
+    return values
+
+
+def _seconds(column: Any, units: float) -> np.ndarray:
+    """Of numbers of units, and of text: numbers, or dates."""
+    polars = import_polars()
+    values = _floats(column.cast(polars.Float64, strict=False)) / units
+    if column.dtype != polars.String or np.isfinite(values).all():
+        return values
+    texts = column.fill_null("").to_list()
+    found = moments.times(texts, units)
+    if found is None:
+        each = [moments.times([text], units) for text in texts]
+        found = np.array([np.nan if one is None else one[0] for one in each])
+    return found
 
 
 def _plain(column: Any) -> bool:

@@ -5,6 +5,7 @@ Knows lines, separators and quotes; what the fields mean is the readers' busines
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import math
@@ -28,8 +29,12 @@ takes them for long-lived and looks at everything; 65,536 took twice as long."""
 
 def is_gzip(path: Path) -> bool:
     """Whether a file is gzip's, whatever its name says."""
+    return _begin(path) == b"\x1f\x8b"
+
+
+def _begin(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        return file.read(2)
 
 
 def open_text(path: Path, newline: str = "\n", encoding: str = "utf-8-sig") -> TextIO:
@@ -37,7 +42,12 @@ def open_text(path: Path, newline: str = "\n", encoding: str = "utf-8-sig") -> T
 
     Bytes that are not UTF-8 become surrogates, which :func:`is_text` finds: a stray byte spoils the
     row that it is in, and no other.
+
+    Raises:
+        DataError: the file is UTF-16 by its BOM.
     """
+    if _begin(path) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{path}: the file is UTF-16; expected UTF-8 text")
     if is_gzip(path):
         return gzip.open(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline)
     return path.open(encoding=encoding, errors="surrogateescape", newline=newline)
