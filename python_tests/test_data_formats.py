@@ -498,7 +498,9 @@ def test_options_without_sense(tmp_path: Path, option: dict, message: str) -> No
 
 def test_short_users_are_an_error_that_says_what_helps(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", HEADER + GOOD + "bob,a,5,1\n")
-    with pytest.raises(DataError, match=r"user 'bob' has 1 items; .*min_user=3 leaves such"):
+    with pytest.raises(
+        DataError, match=r"user 'bob' has 1 items; .*min_user=3 \(--min-user 3\) leaves such"
+    ):
         load(path)
     data = load(path, min_user=3)
     assert list(data.user_ids) == ["ann"]

@@ -115,7 +115,8 @@ def read_amazon_ratings(paths: Sequence[Path], reading: Reading) -> Facts:
         if asins[0] == asins[1]:
             raise DataError(
                 f"{path}: line 1 has {first[0]!r} and {first[1]!r}, of which one should be an "
-                "ASIN; expected columns={'user': 0, 'item': 1, 'time': 3} or the like"
+                "ASIN; expected columns={'user': 0, 'item': 1, 'time': 3} or the like (--columns "
+                "user=0,item=1,time=3)"
             )
         names = _RATINGS if asins[1] else ("item", "user", "rating", "timestamp")
         _read(path, layout_of(path, names, reading, "s", header=False), reading)

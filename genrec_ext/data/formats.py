@@ -308,7 +308,7 @@ def _recognise(path: Path, positions: bool) -> str:
         return "s3rec"
     raise DataError(
         f"{path}: unknown kind of file; expected a name ending in {readers.INTER}, .inter, .txt, "
-        f".csv, .tsv, .json, .jsonl or .parquet, MovieLens' own, or format= one of "
+        f".csv, .tsv, .json, .jsonl or .parquet, MovieLens' own, or format= (--format) one of "
         f"{', '.join(FORMATS)}"
     )
 

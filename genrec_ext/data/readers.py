@@ -191,7 +191,7 @@ def too_short(length: int, minimum: int) -> str:
     return (
         f"has {length} items; expected at least {minimum} (min_interactions; "
         f"leave-one-out needs 3, one each to train, validate and test); min_user={minimum} "
-        "leaves such users out"
+        f"(--min-user {minimum}) leaves such users out"
     )
 
 
@@ -215,7 +215,7 @@ def _choose_index(source: Path, name: str, index: str | None) -> Path | None:
     tag, path = next(iter(tables.items()))
     warnings.warn(
         f"{source.parent} has {len(tables)} index tables ({names}); took the first, {path.name}. "
-        f"Choose with index={tag!r} or another table's name or tag.",
+        f"Choose with index={tag!r} (--index {tag}) or another table's name or tag.",
         stacklevel=5,
     )
     return path

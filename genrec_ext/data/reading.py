@@ -144,14 +144,16 @@ def role_positions(path: Path, names: Sequence[str], reading: Reading) -> dict[s
         if role not in found:
             raise DataError(
                 f"{path}: no column for the {role} among {', '.join(names)}; expected "
-                f"columns={{'user': ..., 'item': ...}} with the names of two of them"
+                "columns={'user': ..., 'item': ...} (--columns user=...,item=...) with the names "
+                "of two of them"
             )
     if reading.min_rating is None:
         found.pop("rating", None)
     elif "rating" not in found:
         raise DataError(
             f"{path}: min_rating={reading.min_rating}, but no column for the rating among "
-            f"{', '.join(names)}; expected columns={{'rating': ...}} or min_rating=None"
+            f"{', '.join(names)}; expected columns={{'rating': ...}} (--columns rating=...) or "
+            "min_rating=None"
         )
     return found
 

@@ -72,7 +72,10 @@ class Tally:
             DataError: unless such records are to be skipped.
         """
         if not self.skip:
-            raise DataError(f"{finding} (malformed='skip' counts such rows and leaves them out)")
+            raise DataError(
+                f"{finding} (malformed='skip', --skip-malformed, counts such rows and leaves them "
+                "out)"
+            )
         self.malformed += 1
         if len(self.first) < _KEPT:
             self.first.append(finding)
