@@ -368,6 +368,7 @@ def _finish(
         report=ReadReport(
             format=kind,
             files=tuple(tally.files),
+            index=facts.index,
             rows=tally.rows,
             interactions=len(events.items),
             malformed=tally.malformed,

@@ -102,7 +102,7 @@ def read_inter_json(paths: Sequence[Path], reading: Reading) -> Facts:
         origins.append((item_path, list(items)))
     if table_path is not None:
         reading.tally.files.append(table_path.name)
-        facts.codes = read_index(table_path)
+        facts.codes, facts.index = read_index(table_path), table_path.name
         facts.all_items |= facts.codes.keys()
         for origin, keys in origins:
             without = sorted((key for key in keys if key not in facts.codes), key=int)

@@ -51,12 +51,14 @@ class Facts:
     Args:
         titles, texts: of some items, or None where the source has no texts.
         codes: semantic IDs, or None where it has none.
+        index: name of the table that they are from, or None where they are from none.
         all_items: ids that belong to the catalogue even without an interaction.
     """
 
     titles: dict[str, str] | None = None
     texts: dict[str, str] | None = None
     codes: dict[str, list[int]] | None = None
+    index: str | None = None
     all_items: set[str] = field(default_factory=set)
 
 

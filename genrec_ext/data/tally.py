@@ -21,6 +21,7 @@ class ReadReport:
     Args:
         format: one of `genrec_ext.data.FORMATS`.
         files: names of the files read, companions included.
+        index: which of them is the table of semantic IDs; None where no table was read.
         rows: records of the interaction files: lines, or users where a record is a whole user.
         interactions: those that are left.
         malformed: records skipped, of companions too; 0 unless `malformed="skip"`.
@@ -34,6 +35,7 @@ class ReadReport:
 
     format: str
     files: tuple[str, ...]
+    index: str | None
     rows: int
     interactions: int
     malformed: int

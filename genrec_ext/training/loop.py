@@ -112,12 +112,9 @@ class _Training:
         self.data = self._open()
         self.source["fingerprint"] = self.data.fingerprint()
         if self.data.report is not None:
-            # By name, so that a table which comes beside it later is not taken in its place.
             self.source["files"] = list(self.data.report.files)
-            if self.data.codes is not None and self.data.report.format == "inter-json":
-                others = (".inter.json", ".item.json")
-                files = (name for name in self.source["files"] if not name.endswith(others))
-                self.source["index"] = next(files)
+            # By name, so that a table which comes beside it later is not taken in its place.
+            self.source["index"] = self.data.report.index
         self.split: Split = run_module.split_data(self.data, self.source)
         self.counts = self.split.train_counts()
         self.tokenizer: tokenizers.RQVAE | None = None  # one that may learn with the recommender
