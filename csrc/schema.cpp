@@ -121,24 +121,25 @@ STABLE_TORCH_LIBRARY(genrec, m) {
   m.def(
       "prefix_loss(Tensor logits, Tensor tokens, Tensor weights, float beta, *, "
       "float temperature=1.0, float prefix_temperature=1.0, float ce_weight=1.0, "
-      "str reduction=\"mean\", " GENREC_SUPPORT ") -> (Tensor loss, Tensor per_level)");
+      "str reduction=\"mean\", " GENREC_SUPPORT
+      ", bool validate=False) -> (Tensor loss, Tensor per_level)");
   m.def(
       "prefix_loss_forward(Tensor logits, Tensor tokens, Tensor weights, float beta, "
       "Tensor? ranges, Tensor? columns, Tensor? column_begin, Tensor? column_end, "
-      "float temperature, float prefix_temperature, float ce_weight, float scale, bool reduce, "
-      "Tensor? grad_output, bool with_grad) "
+      "float temperature, float prefix_temperature, float ce_weight, bool validate, float scale, "
+      "bool reduce, Tensor? grad_output, bool with_grad) "
       "-> (Tensor loss, Tensor per_level, Tensor grad_logits)");
   // Normalised over the supported columns: lists, as a trie keeps them, or ranges.
   m.def(
       "masked_softmax_loss(Tensor logits, Tensor tokens, *, float temperature=1.0, " GENREC_SUPPORT
-      ") -> Tensor");
+      ", bool validate=False) -> Tensor");
   m.def(
       "beam_aware_loss(Tensor logits, Tensor tokens, *, int beam_width, float weight, float scale, "
-      "float temperature=1.0, " GENREC_SUPPORT ") -> Tensor");
+      "float temperature=1.0, " GENREC_SUPPORT ", bool validate=False) -> Tensor");
   m.def(
       "beam_aware_loss_forward(Tensor logits, Tensor tokens, int beam_width, float weight, "
       "float scale, Tensor? ranges, Tensor? columns, Tensor? column_begin, Tensor? column_end, "
-      "float temperature, Tensor? grad_output, bool with_grad) "
+      "float temperature, bool validate, Tensor? grad_output, bool with_grad) "
       "-> (Tensor loss, Tensor grad_logits)");
   // logits [B, C, T, V], tokens [B, C, T], duplicates [P, B, C] bool, log_scale [P, B]
   m.def(

@@ -209,7 +209,7 @@ class PrefixLoss(nn.Module):
         Args:
             logits: ``[B, T, V]``.
             tokens: ``[B, T]`` integers.
-            support: ``ranges``, ``trie`` and ``nodes``, or ``columns``, as in
+            support: ``ranges``, ``trie`` and ``nodes``, or ``columns``, and ``validate``, as in
                 :func:`genrec_ext.token_logps`.
         """
         logps, _ = token_logps(logits, tokens, temperature=self.temperature, **support)
@@ -319,7 +319,7 @@ class BeamAwareLoss(nn.Module):
         Args:
             logits: ``[B, T, V]``.
             tokens: ``[B, T]`` integers.
-            support: ``ranges``, ``trie`` and ``nodes``, or ``columns``, as in
+            support: ``ranges``, ``trie`` and ``nodes``, or ``columns``, and ``validate``, as in
                 :func:`genrec_ext.token_logps`.
         """
         return beam_aware_loss(

@@ -380,10 +380,10 @@ def test_kernels_satisfy_opcheck(device, name):
         rest = (duplicates, log_scale, weights, beta, 5, 1.0, 0.5, 1.0, None, True)
         arguments = (x.flatten(1, 2), tokens.flatten(1), *rest)
     elif name == "prefix_loss":
-        rest = (None, None, None, None, 0.9, 0.5, 1.0, 1.0, True, None, True)
+        rest = (None, None, None, None, 0.9, 0.5, 1.0, False, 1.0, True, None, True)
         arguments = (logits, tokens, weights, beta, *rest)
     else:
-        arguments = (logits, tokens, 3, 1.0, 0.5, *(None,) * 4, 0.9, None, True)
+        arguments = (logits, tokens, 3, 1.0, 0.5, *(None,) * 4, 0.9, False, None, True)
     kernel = getattr(torch.ops.genrec, f"{name}_forward").default
     arguments = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments)
     arguments[0].requires_grad_()
@@ -683,3 +683,45 @@ def test_nodes_that_do_not_fit_are_named():
         genrec_ext.masked_softmax_loss(
             torch.zeros(1, 2, 5), torch.zeros(1, 2).long(), trie, torch.zeros(1, 1).long()
         )
+
+
+def _supported_losses(ours):
+    """Each loss under a support, of `tokens [1, 2]`."""
+    trie = Trie.from_items([[0, 1], [0, 2], [3, 1], [3, 4]])
+    nodes = torch.tensor([[0, 1]])  # the second token follows 3: 1 or 4
+    weights = torch.full((2,), 0.5)
+    settings = {"beam_width": 2, "weight": 1.0, "scale": 1.0}
+    return {
+        "prefix": lambda x, y, **more: ours.prefix_loss(
+            x, y, weights, 0.5, trie=trie, nodes=nodes, **more
+        )[0],
+        "msl": lambda x, y, **more: ours.masked_softmax_loss(x, y, trie, nodes, **more),
+        "bear": lambda x, y, **more: ours.beam_aware_loss(
+            x, y, trie=trie, nodes=nodes, **settings, **more
+        ),
+    }
+
+
+@pytest.mark.checks_indices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("with_grad", [False, True], ids=["values", "gradient"])
+@pytest.mark.parametrize("name", ["prefix", "msl", "bear"])
+def test_validate_refuses_a_token_outside_its_support(ours, name, with_grad, dtype):
+    loss = _supported_losses(ours)[name]
+    logits = torch.randn(1, 2, 5).to(dtype).requires_grad_(with_grad)
+    inside, outside = torch.tensor([[3, 1]]), torch.tensor([[3, 2]])
+    assert loss(logits, inside, validate=True) == loss(logits, inside)
+    assert loss(logits, outside) >= 50  # -100 of one token in two
+    with pytest.raises(ValueError, match=r"tokens\[0, 1\] = 2 is outside its support"):
+        loss(logits, outside, validate=True)
+    with pytest.raises(ValueError, match="outside its support"):
+        _supported_losses(reference)[name](logits, outside, validate=True)
+
+
+@pytest.mark.parametrize("name", ["prefix", "msl", "bear"])
+def test_validate_is_refused_where_the_host_cannot_look(ours, indices_checked, name):
+    if indices_checked:
+        pytest.skip("indices are checked on the host")
+    loss = _supported_losses(ours)[name]
+    with pytest.raises(ValueError, match="validate=True looks at the tokens on the host"):
+        loss(torch.randn(1, 2, 5), torch.tensor([[3, 1]]), validate=True)

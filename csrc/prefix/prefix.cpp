@@ -121,10 +121,10 @@ RowsResult run_rows(const Rows& rows, RowsArgs args, bool reduce, bool with_grad
 std::tuple<Tensor, Tensor, Tensor> prefix_loss_forward(
     const Tensor& logits, const Tensor& tokens, const Tensor& weights, double beta,
     MaybeTensor ranges, MaybeTensor columns, MaybeTensor begin, MaybeTensor end, double temperature,
-    double prefix_temperature, double ce_weight, double scale, bool reduce, MaybeTensor grad_output,
-    bool with_grad) {
+    double prefix_temperature, double ce_weight, bool validate, double scale, bool reduce,
+    MaybeTensor grad_output, bool with_grad) {
   const Rows rows = make_rows(logits, tokens, std::nullopt, ranges, columns, begin, end,
-                              temperature, false, false);
+                              temperature, validate, false);
   const Scores& s = rows.scores;
   const ScalarType S = accumulate_type(s.dtype);
   const Levels levels = make_levels(weights, s.T, S, beta, prefix_temperature,
@@ -141,15 +141,15 @@ std::tuple<Tensor, Tensor> beam_aware_loss_forward(const Tensor& logits, const T
                                                    int64_t beam_width, double weight, double scale,
                                                    MaybeTensor ranges, MaybeTensor columns,
                                                    MaybeTensor begin, MaybeTensor end,
-                                                   double temperature, MaybeTensor grad_output,
-                                                   bool with_grad) {
+                                                   double temperature, bool validate,
+                                                   MaybeTensor grad_output, bool with_grad) {
   require(beam_width >= 1 && beam_width <= (int64_t{1} << 24),
           "beam_width must lie in [1, 2^24], got ", beam_width);
   require(weight >= 0 && std::isfinite(weight), "weight must be at least 0, got ", weight);
   require_positive(scale, "scale");
   require(static_cast<float>(scale) > 0, "scale must be positive in float32 too, got ", scale);
   const Rows rows = make_rows(logits, tokens, std::nullopt, ranges, columns, begin, end,
-                              temperature, false, false);
+                              temperature, validate, false);
   const Scores& s = rows.scores;
   const ScalarType S = accumulate_type(s.dtype);
   const Incoming incoming = make_incoming(grad_output, s.N, S, 1, logits);

@@ -84,6 +84,7 @@ def prefix_loss(
     trie: Trie | None = None,
     nodes: Tensor | None = None,
     columns: Columns | None = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """APAO's pointwise loss: cross-entropy, and beside it the mean log-loss of each prefix.
 
@@ -108,6 +109,7 @@ def prefix_loss(
         ce_weight: weight of the cross-entropy.
         reduction: ``"mean"`` or ``"sum"`` over users, or ``"none"``.
         ranges, trie, nodes, columns: what a row is normalised over, as in :func:`token_logps`.
+        validate: raise where a token is outside its row's support; on the CPU.
 
     Returns:
         ``(loss, per_level)``: the loss, ``[]`` or ``[B]``, differentiable in ``logits``; and
@@ -115,7 +117,7 @@ def prefix_loss(
         float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: a shape, dtype or setting is wrong.
+        ValueError: a shape, dtype or setting is wrong, or ``validate`` found a token.
         IndexError: a token or column index is out of range.
 
     Source: APAO, arXiv 2603.02730, pointwise form.
@@ -133,6 +135,7 @@ def prefix_loss(
         prefix_temperature=prefix_temperature,
         ce_weight=ce_weight,
         reduction=reduction,
+        validate=validate,
         **support_arguments(logits, ranges, trie, nodes, columns),
     )
 
@@ -147,6 +150,7 @@ def _prefix_loss(
     prefix_temperature: float = 1.0,
     ce_weight: float = 1.0,
     reduction: str = "mean",
+    validate: bool = False,
     **support: Any,
 ) -> tuple[Tensor, Tensor]:
     _check_reduction(reduction)
@@ -159,6 +163,7 @@ def _prefix_loss(
         "temperature": temperature,
         "prefix_temperature": prefix_temperature,
         "ce_weight": ce_weight,
+        "validate": validate,
         "scale": -1.0 if reduction == "mean" else 1.0,  # the kernel knows how many users there are
         "reduce": reduction != "none",
         "grad_output": None,
@@ -400,6 +405,7 @@ def masked_softmax_loss(
     nodes: Tensor,
     *,
     temperature: float = 1.0,
+    validate: bool = False,
 ) -> Tensor:
     """MSL: cross-entropy normalised over the tokens that can follow, as the decoder has it.
 
@@ -412,13 +418,14 @@ def masked_softmax_loss(
         nodes: ``[B, T]`` integers, the node at which each token is chosen:
             ``trie.nodes_of(codes)``.
         temperature: positive; logits are divided by it.
+        validate: raise where a token is no child of its node; on the CPU.
 
     Returns:
         The mean over all tokens, ``[]``, differentiable in ``logits``.  A token that is its node's
         only child costs nothing.
 
     Raises:
-        ValueError: a shape, dtype or setting is wrong.
+        ValueError: a shape, dtype or setting is wrong, or ``validate`` found a token.
         IndexError: a token is out of range.
 
     Source: MSL, arXiv 2504.04178, as BEAR's public code (arXiv 2601.22925) has it.
@@ -427,6 +434,7 @@ def masked_softmax_loss(
         logits,
         tokens,
         temperature=temperature,
+        validate=validate,
         **support_arguments(logits, None, trie, nodes, None),
     )
 
@@ -436,11 +444,11 @@ def _masked_softmax_loss(
     tokens: Tensor,
     *,
     temperature: float = 1.0,
-    **support: Any,
+    **options: Any,
 ) -> Tensor:
     wants_grad("masked_softmax_loss", logits)
     weights = torch.zeros(1, device=logits.device)
-    return _prefix_loss(logits, tokens, weights, 0.0, temperature=temperature, **support)[0]
+    return _prefix_loss(logits, tokens, weights, 0.0, temperature=temperature, **options)[0]
 
 
 def beam_aware_loss(
@@ -455,6 +463,7 @@ def beam_aware_loss(
     trie: Trie | None = None,
     nodes: Tensor | None = None,
     columns: Columns | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """BEAR: cross-entropy with more weight on tokens that a beam search would keep.
 
@@ -480,13 +489,14 @@ def beam_aware_loss(
         temperature: positive; logits are divided by it.
         ranges, trie, nodes, columns: what a row is normalised over, as in
             :func:`genrec_ext.token_logps`.
+        validate: raise where a token is outside its row's support; on the CPU.
 
     Returns:
         ``[]`` float32 (float64 for float64 logits), differentiable in ``logits``.  A token of
         probability 0 has w = 1 and makes it infinite.
 
     Raises:
-        ValueError: a shape, dtype or setting is wrong.
+        ValueError: a shape, dtype or setting is wrong, or ``validate`` found a token.
         IndexError: a token or column index is out of range.
 
     Source: BEAR, arXiv 2601.22925, as its public code has it.
@@ -505,6 +515,7 @@ def beam_aware_loss(
         weight=weight,
         scale=scale,
         temperature=temperature,
+        validate=validate,
         **support_arguments(logits, ranges, trie, nodes, columns),
     )
 
@@ -517,6 +528,7 @@ def _beam_aware_loss(
     weight: float,
     scale: float,
     temperature: float = 1.0,
+    validate: bool = False,
     **support: Any,
 ) -> Tensor:
     arguments = {
@@ -527,6 +539,7 @@ def _beam_aware_loss(
         **dict.fromkeys(SUPPORT),
         **support,
         "temperature": temperature,
+        "validate": validate,
         "grad_output": None,
     }
     return _run("beam_aware_loss", logits, arguments)

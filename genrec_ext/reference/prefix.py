@@ -87,10 +87,18 @@ def prefix_pairwise_loss(
 
 
 def masked_softmax_loss(
-    logits: Tensor, tokens: Tensor, trie: Any, nodes: Tensor, *, temperature: float = 1.0
+    logits: Tensor,
+    tokens: Tensor,
+    trie: Any,
+    nodes: Tensor,
+    *,
+    temperature: float = 1.0,
+    validate: bool = False,
 ) -> Tensor:
     """``genrec_ext.masked_softmax_loss``: cross-entropy over each node's children."""
-    logps, _ = token_logps(logits, tokens, trie=trie, nodes=nodes, temperature=temperature)
+    logps, _ = token_logps(
+        logits, tokens, trie=trie, nodes=nodes, temperature=temperature, validate=validate
+    )
     return -logps.mean()
 
 
@@ -106,10 +114,11 @@ def beam_aware_loss(
     trie: Any = None,
     nodes: Tensor | None = None,
     columns: Any = None,
+    validate: bool = False,
 ) -> Tensor:
     """``genrec_ext.beam_aware_loss``: weighted cross-entropy over the rows with a choice."""
     support = {"ranges": ranges, "trie": trie, "nodes": nodes, "columns": columns}
-    logps, _ = token_logps(logits, tokens, temperature=temperature, **support)
+    logps, _ = token_logps(logits, tokens, temperature=temperature, validate=validate, **support)
     mask = _support_mask(logits, ranges, trie, nodes, columns)
     mask = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     scaled = (_accumulate(logits.detach()) / temperature).masked_fill(~mask, -torch.inf)
