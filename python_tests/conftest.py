@@ -122,3 +122,26 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data sets (../shared/data) are not beside this checkout")
     return SHARED_DATA
+
+
+def repeated_indices(loss: torch.Tensor) -> list[torch.Tensor]:
+    """What a gradient is added through by an index that names a place more than once.
+
+    torch's own index adds there by several threads in no fixed order, so that the same training
+    ends in other bits; an embedding, a gather or an index_select does not.
+    """
+    found, seen, left = [], set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        if "Index" in node.name() and hasattr(node, "_saved_indices"):
+            given = [index for index in node._saved_indices if index is not None]
+            if any(index.dtype == torch.bool for index in given):
+                continue  # each place once
+            places = torch.stack(torch.broadcast_tensors(*given), -1).flatten(0, -2)
+            if len(torch.unique(places, dim=0)) < len(places):
+                found += given
+    return found

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import repeated_indices
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +304,7 @@ def test_each_prefix_once_equals_every_candidate_by_itself(softmax, padded):
             logps = logps.view(B, C, 3)
         else:
             logps = model.candidate_logps(state, drawn, temperature=0.7)
+            assert not repeated_indices(logps.sum())
         loss, levels = prefix_pairwise_loss_from_logps(
             logps, drawn.duplicates, drawn.log_scale, torch.tensor([0.3, 0.7]), 0.9,
             prefix_temperature=0.5,

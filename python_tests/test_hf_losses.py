@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
+from conftest import repeated_indices
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -577,6 +578,7 @@ def test_candidates_score_as_by_teacher_forcing(family, attention, prefixes, end
     ours = hf.sid_pairwise_logps(
         model, drawn, **given, offsets=OFFSETS, prefixes=prefixes, end_token=EOS if end else None
     )
+    assert not repeated_indices(ours.sum())
     want = naive_logps(model, drawn, given, end)
     assert want.std() > 0.1
     scored = torch.zeros_like(want, dtype=torch.bool)

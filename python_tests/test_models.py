@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import repeated_indices
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genrec_ext import beam_search
 from genrec_ext.models import CompactConfig, CompactRecommender
 from genrec_ext.models.layers import Dropout
+from genrec_ext.models.soft_codes import SoftCodes
 
 SIZES = [7, 5, 9]  # unequal, so that a mistaken offset cannot hide
 ITEMS = 40
@@ -351,3 +353,26 @@ def test_dropout_keeps_the_mean_and_the_rate():
     assert torch.equal(drop.eval()(x), x)
     with pytest.raises(ValueError, match="rate: 1"):
         Dropout(1.0)
+
+
+def test_set_codes_changes_this_model_alone():
+    codes = torch.tensor([[0, 1], [1, 0], [1, 1]])
+    models = [CompactRecommender(CompactConfig(width=8, heads=2), codes, [2, 2]) for _ in range(2)]
+    models[0].set_codes(codes.flip(0))
+    assert codes.tolist() == models[1].codes.tolist() == [[0, 1], [1, 0], [1, 1]]
+    array = np.array([[0, 1], [1, 0], [1, 1]])
+    CompactRecommender(CompactConfig(width=8, heads=2), array, [2, 2]).set_codes(codes.flip(0))
+    assert array.tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("item_candidates", [2, 4096])
+def test_the_gradient_of_the_loss_adds_in_a_fixed_order(item_candidates):
+    model = make(item_candidates=item_candidates)
+    history = torch.randint(model.num_items, (4, 6), generator=torch.Generator().manual_seed(0))
+    loss, _ = model.sequence_loss(history)
+    assert not repeated_indices(loss)
+    items = torch.arange(model.num_items)
+    P = torch.rand(model.num_items, 1, model.level_sizes[0], requires_grad=True)
+    with model.soft_codes(SoftCodes(items, model.codes, P)):
+        loss, _ = model.sequence_loss(history)
+    assert not repeated_indices(loss)

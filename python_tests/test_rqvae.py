@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import repeated_indices
 
 from genrec_ext.ops import residual_quantize
 from genrec_ext.tokenizers import RQVAE, kinds, load
@@ -255,3 +256,30 @@ def test_gradient_of_the_decoder_passes_the_quantization_by() -> None:
     loss, _ = tokenizer.token_loss(x, tokenizer.assign(x), z)
     (alone,) = torch.autograd.grad(loss, z)
     assert alone.abs().sum() > 0 and F.cosine_similarity(grad, alone, dim=1).mean() < 1
+
+
+def test_the_gradient_of_the_loss_adds_in_a_fixed_order() -> None:
+    vectors = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    tokenizer = RQVAE(3, 4, hidden=(16,), latent=4, epochs=1).fit(vectors)
+    x, codes = tokenizer.normalized(vectors), tokenizer.fitted_codes
+    loss, _ = tokenizer.token_loss(x, codes)
+    assert not repeated_indices(loss + tokenizer.quantized(codes).sum())
+
+
+@pytest.mark.parametrize("settings", [{"rate": 1e30}, {"rate": 1e6, "epochs": 40}])
+def test_a_fit_that_diverges_says_so(settings: dict) -> None:
+    tokenizer = RQVAE(2, 8, hidden=(16,), latent=4, **settings)
+    vectors = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        FloatingPointError, match=r"loss is (nan|inf) in epoch \d+; .*rate below 1e"
+    ):
+        tokenizer.fit(vectors)
+    with pytest.raises(RuntimeError, match="call fit"):
+        tokenizer.encode(vectors)
+
+
+@pytest.mark.parametrize("name", ["rate", "commitment", "epsilon"])
+def test_settings_are_finite(name: str) -> None:
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"{name}: {value}; expected"):
+            RQVAE(**{name: value})

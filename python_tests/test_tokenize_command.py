@@ -273,6 +273,8 @@ def test_json_and_determinism(npy: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--save-tokenizer", "nowhere/t"], "nowhere/t: its folder does not exist"),
         (["--levels", "1", "--collisions", "min_cost"], "items share all codes but the last"),
         (["--levels", "27", "--collisions", "none"], "levels: 27 with collisions 'none'"),
+        (["--seed", "-1"], "seed: -1; expected 0 <= seed < 2^32"),
+        (["--save-tokenizer", "."], "save_tokenizer: . is a folder; expected a file's name"),
         (["--levels", "26"], "levels: 26 with collisions 'suffix'; expected 1 to 25"),
     ],
 )
@@ -286,11 +288,36 @@ def test_option_errors(
     assert sorted(os.listdir(Path(npy).parent)) == before
 
 
+def test_no_file_takes_the_place_of_another(
+    npy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(npy).parent
+    monkeypatch.chdir(folder)
+    (folder / "ids.txt").write_text("".join(f"{item}\n" for item in range(N)))
+    given = ["tokenize", "--items", npy, "--ids", str(folder / "ids.txt")]
+    for out, more, text in (
+        (Path(npy).name, [], "is items too"),
+        ("ids.txt", [], "is ids too"),
+        ("t", ["--save-tokenizer", str(folder / "t")], "is save_tokenizer too"),
+    ):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert cli.main([*given, "--out", out, *more]) == 2
+        assert f"out: {out} {text}; expected a file of its own" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.zeros(3, dtype=np.float32), "float32 [3]; expected floats [N, D]"),
-        (np.zeros((3, 2), dtype=np.int64), "int64 [3, 2]; expected floats [N, D]"),
+        (
+            np.zeros(3, dtype=np.float32),
+            "float32 [3]; expected floats of 16, 32 or 64 bits, [N, D]",
+        ),
+        (
+            np.zeros((3, 2), dtype=np.int64),
+            "int64 [3, 2]; expected floats of 16, 32 or 64 bits, [N, D]",
+        ),
+        (np.zeros((3, 2), dtype=np.longdouble), "expected floats of 16, 32 or 64 bits, [N, D]"),
         (np.zeros((0, 2), dtype=np.float32), "no items; expected at least one"),
         (np.zeros((3, 2), dtype=np.float32), "every vector is 0"),
         (np.full((3, 2), np.nan, dtype=np.float32), "holds NaN or infinity in row 0"),

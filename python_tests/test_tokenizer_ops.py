@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, repeated_indices
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -685,3 +685,59 @@ def test_codes_outside_their_block_are_index_errors():
         torch.ops.genrec.assign_last_codes(items, begin, last, 1, 1, None)
     with pytest.raises(IndexError, match=r"last\[0\] must lie in \[0, 1\), got 1"):
         torch.ops.genrec.assign_last_codes(items - 3, begin, last + 1, 1, 1, None)
+
+
+def test_the_gradient_of_soft_assign_adds_in_a_fixed_order():
+    x, books = torch.randn(64, 3), torch.randn(3, 4, 3, requires_grad=True)
+    assert not repeated_indices(genrec_ext.soft_assign(x, books, 1.0).sum())
+
+
+def test_soft_assign_at_the_least_temperature(ours):
+    least = torch.finfo(torch.float32).tiny
+    P = ours.soft_assign(torch.zeros(1, 1), torch.tensor([[[50.0], [51.0]]]), least)
+    assert P.tolist() == [[[1.0, 0.0]]]
+
+
+def test_soft_assign_of_shapes_alone():
+    x, books = torch.empty(3, 2, device="meta"), torch.empty(1, 4, 2, device="meta")
+    codes = torch.empty(3, 1, dtype=torch.int64, device="meta")
+    assert genrec_ext.soft_assign(x, books, 1.0, codes=codes).shape == (3, 1, 4)
+
+
+def test_offsets_that_are_no_integers_are_refused():
+    with pytest.raises(ValueError, match=r"level_offsets must be integers, got \[1.7\]"):
+        genrec_ext.straight_through_embedding(
+            torch.zeros(1, 1).long(), torch.ones(1, 1, 2), torch.ones(4, 1), [1.7]
+        )
+
+
+@pytest.mark.parametrize("mode", ("projection", "released", "none"))
+def test_surgery_of_halves_whose_products_overflow(ours, mode):
+    g = torch.full((8,), 3e4, dtype=torch.float16)
+    t = torch.full((8,), -3e4, dtype=torch.float16)
+    (found,) = ours.gradient_surgery([g], [g], [t], 0.5, mode)
+    (want,) = reference.gradient_surgery([g.float()], [g.float()], [t.float()], 0.5, mode)
+    assert found.dtype == torch.float16
+    assert torch.allclose(found.float(), want, atol=32)  # a unit in the last place of 3e4 is 16
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1.0, 1e30))
+def test_the_definition_of_surgery_projects_at_any_scale(scale):
+    g = scale * torch.tensor([1.0, -1.0])
+    t = scale * torch.tensor([0.0, 2.0])
+    (found,) = reference.gradient_surgery([g], [g], [t], 0.0)
+    assert torch.allclose(found / scale, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("scale", (1e-19, 3e-20, 1e-21))
+def test_codes_where_small_numbers_are_flushed(scale):
+    g = torch.Generator().manual_seed(0)
+    x, books = torch.randn(500, 4, generator=g), torch.randn(1, 32, 4, generator=g)
+    x, books = (scale * x).float(), (scale * books).float()
+    want = genrec_ext.residual_quantize(x, books)[0]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps them")
+    try:
+        assert torch.equal(genrec_ext.residual_quantize(x, books)[0], want)
+    finally:
+        torch.set_flush_denormal(False)

@@ -21,6 +21,7 @@ from genrec_ext import Trie, sid_report
 from genrec_ext.data import Interactions, generate, leave_one_out
 from genrec_ext.tensor_file import read_tensors, write_tensors
 from genrec_ext.tokenizers import (
+    RQVAE,
     BalancedResidualKMeans,
     ResidualKMeans,
     Tokenizer,
@@ -32,6 +33,7 @@ from genrec_ext.tokenizers import (
 )
 from genrec_ext.tokenizers import residual_kmeans as module
 from genrec_ext.tokenizers.base import FORMAT, VERSION
+from genrec_ext.tokenizers.semantic_ids import fit_codes
 
 needs_sklearn = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed"
@@ -719,7 +721,52 @@ def test_functions_give_what_the_tokenizers_learn() -> None:
         counts = torch.bincount(code, minlength=16)
         assert int(counts.max()) <= capacity and len(code) == 400
     assert torch.equal(code, genrec_ext.residual_kmeans(x, 1, 16)[1][:, 0])
-    with pytest.raises(ValueError, match="capacity must be at least 25"):
+    with pytest.raises(ValueError, match="capacity must be an integer of at least 25"):
         genrec_ext.balanced_kmeans(x, 16, capacity=24)
     with pytest.raises(ValueError, match="codebook_size: 0"):
         genrec_ext.balanced_kmeans(x, 0)
+
+
+@pytest.mark.parametrize("kind", [ResidualKMeans, BalancedResidualKMeans, RQVAE])
+def test_settings_may_be_numpys(kind: Any, tmp_path: Path) -> None:
+    settings = {"levels": np.int64(2), "codebook_size": np.int32(4), "seed": np.int64(1)}
+    if kind is RQVAE:
+        settings |= {"epochs": np.int64(2), "rate": np.float32(1e-3), "latent": np.int64(2)}
+    tokenizer = kind(**settings).fit(torch.randn(20, 3))
+    tokenizer.save(tmp_path / "t")
+    assert torch.equal(load(tmp_path / "t").fitted_codes, tokenizer.fitted_codes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_codes_of_fitted_vectors_are_those_of_the_operator(seed: int) -> None:
+    # Few distinct values, so that distances tie.
+    rng = np.random.default_rng(seed)
+    vectors = torch.from_numpy(rng.integers(0, 12, (16, 1)) / 7).float()
+    books, codes = genrec_ext.residual_kmeans(vectors, 4, 5, seed=seed)
+    assert torch.equal(codes, genrec_ext.residual_quantize(vectors, books)[0])
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-15, 1.0, 1e15, 1e18])
+def test_distinct_vectors_of_any_scale_get_centroids_of_their_own(scale: float) -> None:
+    vectors = torch.arange(1.0, 9.0)[:, None] * scale
+    codes = ResidualKMeans(levels=1, codebook_size=8).fit(vectors).fitted_codes
+    assert len(codes.unique()) == 8
+
+
+def test_errors_name_the_row_among_all_vectors() -> None:
+    vectors = torch.ones(10, 3)
+    vectors[:2] = 0  # of which nothing is known
+    vectors[7, 1] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity in row 7"):
+        fit_codes(ResidualKMeans(1, 2), vectors, seed=0)
+
+
+def test_capacities_are_integers() -> None:
+    with pytest.raises(ValueError, match=r"capacity must be an integer of at least 2.* got 2.5"):
+        genrec_ext.balanced_kmeans(torch.randn(4, 2), 2, capacity=2.5)  # type: ignore[arg-type]
+
+
+def test_texts_of_stop_words_alone() -> None:
+    pytest.importorskip("sklearn")
+    with pytest.raises(ValueError, match="texts: none of 2 holds a word that says anything"):
+        text_embeddings(["the and", "of it"])

@@ -105,9 +105,10 @@ def _read_npy(path: Path, ids: Path | None) -> Items:
         vectors = np.load(path, allow_pickle=False)
     except (EOFError, ValueError) as error:
         raise DataError(f"{path}: not a .npy file of numbers, or truncated: {error}") from error
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
+    fits = isinstance(vectors, np.ndarray) and vectors.ndim == 2
+    if not fits or vectors.dtype.kind != "f" or vectors.dtype.itemsize > 8:
         what = f"{getattr(vectors, 'dtype', 'an archive')} {list(getattr(vectors, 'shape', []))}"
-        raise DataError(f"{path}: {what}; expected floats [N, D]")
+        raise DataError(f"{path}: {what}; expected floats of 16, 32 or 64 bits, [N, D]")
     if ids is None:
         return Items([str(item) for item in range(len(vectors))], vectors=vectors)
     names = text_of(ids).removesuffix("\n").split("\n")

@@ -111,7 +111,7 @@ class _Items(nn.Module):
                 soft.vectors(level, table)  # type: ignore[arg-type]
                 for level, table in enumerate(self.levels)
             ]
-            return self._joined(items, parts)[place]
+            return F.embedding(place, self._joined(items, parts))
         codes = self.codes[items]
         parts = [table(codes[..., level]) for level, table in enumerate(self.levels)]
         return self._joined(items, parts)
@@ -198,7 +198,7 @@ class CompactRecommender(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        codes = _checked_codes(codes, level_sizes)
+        codes = _checked_codes(codes, level_sizes).clone()  # `set_codes` writes to its own
         if features is not None:
             features = _scaled(features, len(codes))
         self.config = config
@@ -416,7 +416,7 @@ class CompactRecommender(nn.Module):
                 level_logits = self.level_logits(state, codes[:, :level])
             else:
                 parts = [
-                    self._soft.vectors(at, table)[place]  # type: ignore[arg-type]
+                    F.embedding(place, self._soft.vectors(at, table))  # type: ignore[arg-type]
                     for at, table in enumerate(self.depth[level].prefix)  # type: ignore[arg-type]
                 ]
                 level_logits = self.depth[level](state, parts)

@@ -84,8 +84,10 @@ class HistoryBlock(nn.Module):
             .view(B, T, 3, self.heads, d // self.heads)
             .permute(2, 0, 3, 1, 4)
         )
+        # Not by an index, whose gradient adds in no fixed order.
+        bias = self.distance_bias.gather(1, distance.flatten().expand(self.heads, -1))
         found = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=blocked + self.distance_bias[:, distance]
+            query, key, value, attn_mask=blocked + bias.view(self.heads, T, T)
         )
         x = x + self.dropout(self.attended(found.transpose(1, 2).reshape(B, T, d)))
         return x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))))

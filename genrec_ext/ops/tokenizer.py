@@ -19,14 +19,18 @@ What the papers say and what is ours
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ._shared import integers, one_device, unmapped, values_of
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _floats(name: str, x: Tensor, shape: str) -> Tensor:
@@ -144,11 +148,16 @@ def soft_assign(
     _check_range(codes, codebooks.shape[1])
     levels = []
     # Under autocast the products would be in bfloat16, and the distances between near codewords 0.
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    knows = torch.amp.is_autocast_available(kind)  # "meta" does not
+    with torch.autocast(kind if knows else "cpu", enabled=False):
         for level, book in enumerate(codebooks):
             if level:
-                x = x - codebooks[level - 1][codes[:, level - 1]]
+                # Not by an index, whose gradient adds in no fixed order.
+                x = x - F.embedding(codes[:, level - 1], codebooks[level - 1])
             logits = torch.addmm(-book.square().sum(1), x, book.T, alpha=2.0)
+            if temperature < 1e-18:  # from the largest on, so that no quotient overflows
+                logits = logits - logits.detach().amax(-1, keepdim=True)
             levels.append(torch.softmax(logits / temperature, -1))
     if not levels:
         return x.new_empty(len(x), 0, codebooks.shape[1])
@@ -246,7 +255,11 @@ def straight_through_embedding(
             "table must be floating, of shape [R, E], and probabilities floating, got "
             f"{table.dtype} {list(table.shape)} and {probabilities.dtype}"
         )
-    starts, K = [int(start) for start in level_offsets], probabilities.shape[2]
+    try:
+        starts = [operator.index(start) for start in level_offsets]
+    except TypeError:
+        raise ValueError(f"level_offsets must be integers, got {list(level_offsets)}") from None
+    K = probabilities.shape[2]
     if len(starts) != codes.shape[1]:
         raise ValueError(
             f"level_offsets must have one row a level, {codes.shape[1]}, got {len(starts)}"
@@ -362,17 +375,21 @@ def gradient_surgery(
     )
     if not g:
         return []
+    dtypes = [p.dtype for p in params]
+    # In half precision a product of two gradients may be beyond all numbers.
+    g, t = ([x.float() if x.dtype in _HALVES else x for x in part] for part in (g, t))
     if mode == "projection":
         directions = _unit(t)
         along = [x.sum().clamp(max=0) for x in torch._foreach_mul(g, directions)]
         g = list(torch._foreach_sub(g, torch._foreach_mul(directions, along)))
     elif mode == "released":
-        directions = [torch.nn.functional.normalize(x, dim=-1) if x.dim() else x.sign() for x in t]
+        directions = [F.normalize(x, dim=-1) if x.dim() else x.sign() for x in t]
         conflicts = [x.sum() < 0 for x in torch._foreach_mul(g, t)]
         along = [x.sum() for x in torch._foreach_mul(g, directions)]
         factors = torch._foreach_mul(along, [x.to(a) for x, a in zip(conflicts, along)])
         g = list(torch._foreach_sub(g, torch._foreach_mul(directions, factors)))
-    return list(torch._foreach_add(g, t, alpha=weight))
+    found = torch._foreach_add(g, t, alpha=weight)
+    return [x.to(dtype) if dtype in _HALVES else x for x, dtype in zip(found, dtypes)]
 
 
 def _unit(tensors: list[Tensor]) -> list[Tensor]:

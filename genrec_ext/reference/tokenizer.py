@@ -96,9 +96,10 @@ def gradient_surgery(
     for p, a, t in zip(params, g_rec, g_token, strict=True):
         a = torch.zeros_like(p) if a is None else a
         t = torch.zeros_like(p) if t is None else t
-        if mode != "none" and (a * t).sum() < 0:
+        # The same sign and the same projection, with products that neither vanish nor overflow.
+        t_unit = t / t.abs().max() if t.any() else t
+        if mode != "none" and (a * t_unit).sum() < 0:
             if mode == "projection":
-                t_unit = t / t.abs().max()  # the same projection, with squares that do not vanish
                 a = a - (a * t_unit).sum() / t_unit.square().sum() * t_unit
             else:
                 rows = torch.nn.functional.normalize(t, dim=-1)

@@ -85,9 +85,9 @@ def tokenize_items(
     most = MAX_LEVELS - (collisions == "suffix")  # which adds one
     if levels > most:  # before the fit, which may be long
         raise ValueError(f"levels: {levels} with collisions {collisions!r}; expected 1 to {most}")
-    for target in (out, save_tokenizer):
-        if target is not None and not Path(target).absolute().parent.is_dir():
-            raise ValueError(f"{target}: its folder does not exist")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: {seed}; expected 0 <= seed < 2^32")
+    _check_targets({"items": items, "ids": ids, "out": out, "save_tokenizer": save_tokenizer})
     settings: dict[str, Any] = {"levels": levels, "codebook_size": codebook_size, "seed": seed}
     tokenizer = kinds()[method](**settings)
     found = load_items(
@@ -121,6 +121,24 @@ def tokenize_items(
         "tokenizer": tokenizer.report(),
         "ids": sid_report(resolved),
     }
+
+
+def _check_targets(paths: dict[str, str | Path | None]) -> None:
+    """Before the fit, which may be long: whether files can be written, and no other is lost."""
+    named = {name: Path(path).absolute() for name, path in paths.items() if path is not None}
+    for name in ("out", "save_tokenizer"):
+        if name not in named:
+            continue
+        target = named[name]
+        if not target.parent.is_dir():
+            raise ValueError(f"{paths[name]}: its folder does not exist")
+        if target.is_dir():
+            raise ValueError(f"{name}: {paths[name]} is a folder; expected a file's name")
+        for other, path in named.items():
+            if other != name and path.resolve() == target.resolve():
+                raise ValueError(
+                    f"{name}: {paths[name]} is {other} too; expected a file of its own"
+                )
 
 
 def _embeddings(

@@ -33,7 +33,7 @@ def text_embeddings(texts: Sequence[str], dimensions: int = 64, seed: int = 0) -
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: `dimensions` under 1, or no text holds a word.
+        ValueError: `dimensions` under 1, or no text holds a word that says anything.
     """
     _check_dimensions(dimensions)
     if not any(text.strip() for text in texts):
@@ -45,7 +45,12 @@ def text_embeddings(texts: Sequence[str], dimensions: int = 64, seed: int = 0) -
         raise ImportError(
             "text_embeddings needs scikit-learn: pip install genrec-ext[train]"
         ) from error
-    words = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform(texts)
+    try:
+        words = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform(texts)
+    except ValueError as error:
+        raise ValueError(
+            f"texts: none of {len(texts)} holds a word that says anything ({error}); expected such"
+        ) from error
     rank = min(dimensions, *(size - 1 for size in words.shape))
     if rank < 1:
         return _unit(torch.from_numpy(words.toarray()[:, :dimensions]).float())

@@ -6,6 +6,7 @@ Every random choice comes from the seed.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,11 @@ class ResidualKMeans(Tokenizer):
         ):
             if value < 1:
                 raise ValueError(f"{name}: {value}; expected 1 or more")
-        self.levels = levels
-        self.codebook_size = codebook_size
-        self.seed = seed
-        self.iterations = iterations
+        # As Python's own numbers, which a file of settings takes.
+        self.levels = operator.index(levels)
+        self.codebook_size = operator.index(codebook_size)
+        self.seed = operator.index(seed)
+        self.iterations = operator.index(iterations)
         self._codebooks: Tensor | None = None
 
     @property
@@ -102,8 +104,12 @@ class ResidualKMeans(Tokenizer):
                 codebooks.append(centroids)
                 codes.append(code)
         self._codebooks = torch.stack(codebooks)
-        self._keep(vectors, torch.stack(codes, 1))
+        self._keep(vectors, self._fitted(vectors, torch.stack(codes, 1)))
         return self
+
+    def _fitted(self, vectors: Tensor, found: Tensor) -> Tensor:
+        """The codes of what was fitted; `found` is from residuals in float32."""
+        return self.encode(vectors)
 
     def _steps(self) -> int:
         return self.levels * self.iterations
@@ -189,7 +195,7 @@ class BalancedResidualKMeans(ResidualKMeans):
         super().__init__(levels, codebook_size, seed, iterations)
         if not 1 <= slack < math.inf:
             raise ValueError(f"slack: {slack}; expected 1 or more")
-        self.slack = slack
+        self.slack = float(slack)
 
     def capacity(self, items: int) -> int:
         """Most of so many items that one centroid may have."""
@@ -197,6 +203,9 @@ class BalancedResidualKMeans(ResidualKMeans):
 
     def settings(self) -> dict[str, int | float | str | bool | list]:
         return {**super().settings(), "slack": self.slack}
+
+    def _fitted(self, vectors: Tensor, found: Tensor) -> Tensor:
+        return found  # which keep to the capacities
 
     def _steps(self) -> int:
         return 2 * super()._steps()
@@ -278,9 +287,9 @@ def balanced_kmeans(
     start = ResidualKMeans(1, codebook_size, seed, iterations)  # its checks
     least = -(-len(vectors) // codebook_size)
     capacity = least if capacity is None else capacity
-    if capacity < least:
+    if not isinstance(capacity, int) or capacity < least:
         raise ValueError(
-            f"capacity must be at least {least}, as {codebook_size} centroids take "
+            f"capacity must be an integer of at least {least}, as {codebook_size} centroids take "
             f"{len(vectors)} vectors, got {capacity}"
         )
     generator = torch.Generator().manual_seed(start.seed)
@@ -364,6 +373,10 @@ def _first_centroids(vectors: Tensor, size: int, generator: torch.Generator) -> 
     chosen: list[int] = []
     distance = torch.ones(len(vectors), dtype=torch.float64)
     difference = torch.empty_like(vectors)
+    # Where squares of what is very small or large would be lost; a power of two loses nothing.
+    largest = float(vectors.abs().max())
+    extreme = largest > 0 and not 1e-12 < largest < 1e12
+    scale = 2.0 ** -max(-120, min(120, math.frexp(largest)[1]))
     for position in range(size):
         total = torch.cumsum(distance, 0)
         if not total[-1]:
@@ -372,6 +385,8 @@ def _first_centroids(vectors: Tensor, size: int, generator: torch.Generator) -> 
         # right=True skips rows of distance 0.
         chosen.append(min(int(torch.searchsorted(total, point, right=True)), len(vectors) - 1))
         torch.sub(vectors, vectors[chosen[-1]], out=difference)
+        if extreme:
+            difference.mul_(scale)
         to_new = difference.square_().sum(1).double()
         distance = to_new if position == 0 else torch.minimum(distance, to_new)
     return vectors[chosen]

@@ -6,11 +6,14 @@ BLOGER does it (``genrec_ext.training``).
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genrec_ext.ops import residual_quantize, sinkhorn
@@ -107,25 +110,26 @@ class RQVAE(Tokenizer, nn.Module):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}: {count}; expected 1 or more")
-        if not rate > 0:
-            raise ValueError(f"rate: {rate}; expected more than 0")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate: {rate}; expected more than 0, and finite")
         if not 0 <= decay < 1:
             raise ValueError(f"decay: {decay}; expected 0 <= decay < 1")
         for name, value in (("commitment", commitment), ("epsilon", epsilon)):
-            if not value >= 0:
-                raise ValueError(f"{name}: {value}; expected 0 or more")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: {value}; expected 0 or more, and finite")
         if codebook not in ("gradient", "ema"):
             raise ValueError(f'codebook: {codebook!r}; expected "gradient" or "ema"')
-        self.levels, self.codebook_size, self.latent, self.hidden = (
-            levels,
-            codebook_size,
-            latent,
-            hidden,
+        # As Python's own numbers, which a file of settings takes.
+        self.levels, self.codebook_size = operator.index(levels), operator.index(codebook_size)
+        self.latent, self.hidden = operator.index(latent), hidden
+        self.epochs, self.batch, self.rate = (
+            operator.index(epochs),
+            operator.index(batch),
+            float(rate),
         )
-        self.epochs, self.batch, self.rate = epochs, batch, rate
-        self.commitment, self.codebook, self.decay = commitment, codebook, decay
-        self.restart, self.epsilon, self.iterations = restart, epsilon, iterations
-        self.seed = seed
+        self.commitment, self.codebook, self.decay = float(commitment), codebook, float(decay)
+        self.restart, self.epsilon = bool(restart), float(epsilon)
+        self.iterations, self.seed = operator.index(iterations), operator.index(seed)
         self.encoder: nn.Module | None = None  # sizes come with the vectors
         self.decoder: nn.Module | None = None
 
@@ -195,6 +199,7 @@ class RQVAE(Tokenizer, nn.Module):
 
         Raises:
             ValueError: `embeddings` are not finite floats `[N, D]`.
+            FloatingPointError: the loss is no longer finite.
         """
         # It learns wherever it is called, also where gradients are turned off.
         with torch.inference_mode(False), torch.enable_grad():
@@ -246,7 +251,8 @@ class RQVAE(Tokenizer, nn.Module):
 
     def quantized(self, codes: Tensor) -> Tensor:
         """The sum of the codewords of `codes [N, levels]`, differentiable in the codebooks."""
-        return sum(book[codes[:, level]] for level, book in enumerate(self.books))  # type: ignore[return-value]
+        words = (F.embedding(codes[:, level], book) for level, book in enumerate(self.books))
+        return sum(words)  # type: ignore[return-value]
 
     @torch.no_grad()
     def assign(self, x: Tensor) -> Tensor:
@@ -280,7 +286,8 @@ class RQVAE(Tokenizer, nn.Module):
         v = self.encode_latents(x) if latents is None else latents
         z, loss = v, torch.zeros((), device=x.device)
         for level, book in enumerate(self.books):
-            word = book[codes[:, level]]
+            # Not by an index, whose gradient adds in no fixed order.
+            word = F.embedding(codes[:, level], book)
             if self.codebook == "gradient":
                 loss = loss + (v.detach() - word).square().sum(1).mean()
             loss = loss + self.commitment * (v - word.detach()).square().sum(1).mean()
@@ -299,11 +306,17 @@ class RQVAE(Tokenizer, nn.Module):
         self, x: Tensor, generator: torch.Generator, advance: Callable[[int], Any]
     ) -> None:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.0, fused=True)
-        for _ in range(self.epochs):
+        for epoch in range(self.epochs):
             used = torch.zeros(self.levels, self.codebook_size, dtype=torch.int64)
             for rows in torch.randperm(len(x), generator=generator).split(self.batch):
                 codes = self.assign(x[rows])
                 loss, _ = self.token_loss(x[rows], codes)
+                if not torch.isfinite(loss):
+                    self.encoder = self.decoder = None  # as before any fit
+                    raise FloatingPointError(
+                        f"the RQ-VAE's loss is {loss.item()} in epoch {epoch + 1}; expected finite "
+                        f"numbers: a rate below {self.rate:g} may help"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

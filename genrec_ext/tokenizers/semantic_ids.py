@@ -15,7 +15,7 @@ from torch import Tensor
 from genrec_ext.data import Interactions, Split
 from genrec_ext.ops import resolve_collisions, sid_report
 
-from .base import Tokenizer
+from .base import Tokenizer, _vectors
 from .embeddings import covisitation_embeddings, text_embeddings
 from .residual_kmeans import ResidualKMeans
 
@@ -90,6 +90,7 @@ def fit_codes(
     Rows of zeros, of items about which nothing is known, get random codes: a tokenizer would put
     them all on one path. Where all rows are so, the tokenizer stays as it was.
     """
+    embeddings = _vectors(embeddings)  # an error names the row among all
     generator = torch.Generator().manual_seed(seed)
     shape = len(embeddings), tokenizer.levels
     codes = torch.randint(tokenizer.codebook_size, shape, generator=generator)

@@ -30,6 +30,10 @@ from .sft import Batch, NonFiniteLossError, SequenceLoss, SFTConfig, SFTTrainer
 
 JOINTS = ("bilevel", "alternating", "simultaneous")
 SURGERY = ("projection", "released", "none")
+_OF_ONE_JOINT = {
+    "bilevel": ("order", "difference", "surgery", "updates_per_epoch", "users"),
+    "alternating": ("cycle", "sequence_weight", "preference_weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,16 @@ class BilevelConfig:
         for name in ("updates_per_epoch", "users", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
-        for name in ("order", "difference", "surgery", "updates_per_epoch", "users"):
-            value = getattr(self, name)
-            if self.joint != "bilevel" and value != getattr(type(self), name):
-                raise ValueError(
-                    f"{name}: {value!r} for joint {self.joint!r}; expected none, as only joint "
-                    "'bilevel' has it"
-                )
         if self.cycle < 2:
             raise ValueError(f"cycle: {self.cycle}; expected 2 or more: one epoch for each side")
+        for joint, names in _OF_ONE_JOINT.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.joint != joint and value != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name}: {value!r} for joint {self.joint!r}; expected none, as only joint "
+                        f"{joint!r} has it"
+                    )
         for name in ("rate", "temperature", "difference"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0")
