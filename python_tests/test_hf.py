@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -280,9 +281,9 @@ def test_a_wrong_tree_would_be_seen(family, monkeypatch):
         got = hf.beam_search_hf(model, trie, 8, **given)
         assert not torch.allclose(got.scores, want.scores, atol=0.01)
     if family in ENCODER_DECODERS:
-        replaced = hf._replaced
+        with_modules = hf.with_modules
         monkeypatch.setattr(
-            hf, "_replaced", lambda model, modules: replaced(model, {})
+            hf, "with_modules", lambda model, modules: with_modules(model, {})
         )  # the bias stays the model's own
         got = hf.beam_search_hf(model, trie, 8, **given)
         assert not torch.allclose(got.scores, want.scores, atol=0.01)
@@ -492,7 +493,7 @@ def test_settings_that_generate_would_heed_are_refused():
 
     cases = (
         ({"trie": None}, "trie is None"),
-        ({"sid_beams": 0}, "sid_beams must be at least 1, got 0"),
+        ({"sid_beams": 0}, "sid_beams must be an integer of at least 1, got 0"),
         ({"num_beams": 4}, "num_beams must be 1: sid_beams sets the number of beams; got 4"),
         ({"do_sample": True}, "do_sample must be False"),
         ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences must be 1"),
@@ -537,6 +538,138 @@ def test_what_the_tree_cannot_compute_is_refused():
         assert "kept 0 of 7 positions in its cache: switch off gradient" in str(error)
 
 
+@pytest.mark.parametrize(
+    "kind, text",
+    (
+        ("GPTNeo", "looks back by places in the cache"),
+        ("Roberta", "counts positions from its padding token"),
+        ("XLM", "takes no mask of beams"),
+    ),
+)
+def test_kinds_of_models_that_the_tree_does_not_fit_are_refused(kind, text):
+    settings_ = {
+        "GPTNeo": {"hidden_size": 8, "num_layers": 1, "attention_types": [[["local"], 1]]},
+        "Roberta": {"hidden_size": 8, "num_hidden_layers": 1, "is_decoder": True},
+        "XLM": {"emb_dim": 8, "n_layers": 1, "n_heads": 1, "causal": True},
+    }[kind]
+    heads = {} if kind == "XLM" else {"num_attention_heads": 1, "num_heads": 1}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=V, **settings_, **heads)
+    name = "XLMWithLMHeadModel" if kind == "XLM" else f"{kind}ForCausalLM"
+    model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=f"{name} {text}"):
+        hf.beam_search_hf(model.eval(), catalogue(1, N=20, L=3), 2, **prompts(1))
+
+
+@pytest.mark.parametrize("limit, refused", ((6, False), (7, True), (8, True), (9, False)))
+def test_items_across_a_change_of_rotary_embeddings_are_refused(limit, refused):
+    trie, given = catalogue(1, N=20, L=3), prompts(1)  # 7 tokens, and 2 of the item are read
+    model = copy.deepcopy(tiny("llama"))
+    model.config.rope_parameters = {
+        "rope_type": "longrope", "original_max_position_embeddings": limit,
+    }  # fmt: skip
+    if refused:
+        text = rf"7 tokens and 3 of an item must not go beyond {limit}, .*\(longrope\) change"
+        with pytest.raises(ValueError, match=text):
+            hf.beam_search_hf(model, trie, 2, **given)
+    else:
+        assert (hf.beam_search_hf(model, trie, 2, **given).items >= 0).all()
+
+
+def assert_same_found(got, want):
+    assert torch.equal(got.items, want.items)
+    torch.testing.assert_close(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("softmax", ("vocab", "children", "level"))
+@pytest.mark.parametrize("family", ("t5", "llama"))
+@pytest.mark.parametrize("wrap", ("compiled", "autocast", "adapted", "adapted and compiled"))
+def test_a_wrapped_model_is_searched(family, softmax, wrap):
+    trie, given = catalogue(0, N=20, L=3), prompts(2)
+    model = copy.deepcopy(tiny(family))
+    if "adapted" in wrap:
+        model, whole = adapted(model, family)
+        want = hf.beam_search_hf(whole, trie, 4, **given, softmax=softmax)
+    else:
+        want = hf.beam_search_hf(model, trie, 4, **given, softmax=softmax)
+    if "compiled" in wrap:
+        model = torch.compile(model, backend="eager")
+    if wrap == "autocast":
+        accelerate = pytest.importorskip("accelerate")
+        model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        assert "forward" in vars(model)
+    assert_same_found(hf.beam_search_hf(model, trie, 4, **given, softmax=softmax), want)
+    if wrap == "autocast":
+        found = model.generate(
+            **given, trie=trie, sid_beams=4, sid_softmax=softmax, max_new_tokens=3,
+            custom_generate=hf.sid_beam_search, return_dict_in_generate=True,
+        )  # fmt: skip
+        assert torch.equal(found.items, want.items)
+
+
+def adapted(model, family):
+    """A model with LoRA, and the same with its adapters taken into the weights."""
+    peft = pytest.importorskip("peft")
+    kind, layers = ("SEQ_2_SEQ_LM", ["q", "v"]) if family == "t5" else ("CAUSAL_LM", ["q_proj"])
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type=kind, target_modules=layers))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval(), copy.deepcopy(model).merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("through", ("generate", "search"))
+def test_tokens_before_the_prompt_are_refused(through):
+    peft = pytest.importorskip("peft")
+    trie, given = catalogue(0, N=20, L=3), prompts(2)
+    base = copy.deepcopy(tiny("llama"))
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(base, config).eval()
+    search = {"trie": trie, "sid_beams": 4, "custom_generate": hf.sid_beam_search}
+    with pytest.raises(ValueError, match="puts tokens before the prompt"):
+        if through == "search":
+            hf.beam_search_hf(model, trie, 4, **given)
+        else:
+            model.generate(**given, **search, max_new_tokens=3)
+    # The model inside is as it was.
+    found = base.generate(**given, **search, max_new_tokens=3)
+    want = tiny("llama").generate(**given, **search, max_new_tokens=3)
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("softmax", ("children", "level"))
+@pytest.mark.parametrize("how", ("hook", "pre-hook", "forward"))
+def test_what_is_hooked_onto_the_head_counts_for_a_levels_rows(softmax, how):
+    trie, given = catalogue(0, N=20, L=3), prompts(2)
+    halved = copy.deepcopy(tiny("llama"))
+    halved.lm_head.weight.data.mul_(0.5)
+    want = hf.beam_search_hf(halved, trie, 4, **given, softmax=softmax)
+    model = copy.deepcopy(tiny("llama"))
+    head = model.lm_head
+    if how == "hook":
+        head.register_forward_hook(lambda _, __, out: out * 0.5)
+    elif how == "pre-hook":
+        head.register_forward_pre_hook(lambda _, given: (given[0] * 0.5,))
+    else:
+        head.forward = lambda x: torch.nn.Linear.forward(head, x) * 0.5
+    assert_same_found(hf.beam_search_hf(model, trie, 4, **given, softmax=softmax), want)
+
+
+def test_weights_in_float64_and_in_int8():
+    # Without padding, whose rows are NaN in transformers' own eager attention in float64.
+    trie, given = catalogue(0, N=20, L=3), {"input_ids": prompts(2)["input_ids"]}
+    model = copy.deepcopy(tiny("llama"))
+    want = hf.beam_search_hf(model, trie, 4, **given)
+    assert_same_found(hf.beam_search_hf(copy.deepcopy(model).double(), trie, 4, **given), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its successor
+        small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    for softmax in ("vocab", "level"):
+        found = hf.beam_search_hf(small, trie, 4, **given, softmax=softmax)
+        # The scales of int8 follow all that a call is given, so that no two searches are the same.
+        assert bool((found.items >= 0).all()) and bool(found.scores.isfinite().all())
+
+
 @pytest.mark.parametrize("softmax", ("children", "level"))
 def test_a_head_that_is_no_plain_linear_layer_gives_its_level_s_columns(softmax):
     trie, given = catalogue(0, N=20, L=3), prompts(2)
@@ -561,6 +694,17 @@ def test_arguments_that_do_not_fit_are_refused():
         hf.beam_search_hf(model, trie, 2, ids, mask[:, 1:])
     with pytest.raises(ValueError, match=r"position_ids must have shape \[U, P\]"):
         hf.beam_search_hf(model, trie, 2, ids, mask, position_ids=ids.expand(3, -1, -1))
+    with pytest.raises(ValueError, match="input_ids must have at least one token a prompt"):
+        hf.beam_search_hf(model, trie, 2, ids[:, :0])
+    with pytest.raises(ValueError, match="must have a language-model head; LlamaModel has none"):
+        hf.beam_search_hf(model.model, trie, 2, ids, mask)
+    live = genrec_ext.LiveTrie(trie)
+    with pytest.raises(ValueError, match=r"trie must be a genrec_ext.Trie, got LiveTrie .*current"):
+        hf.beam_search_hf(model, live, 2, ids, mask)
+    with pytest.raises(ValueError, match=r"sid_beams must be an integer of at least 1, got 3\.0"):
+        model.generate(
+            ids, custom_generate=hf.sid_beam_search, trie=trie, sid_beams=3.0, max_new_tokens=3
+        )
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         hf.beam_search_hf(model, trie, 0, ids, mask)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given"):

@@ -593,6 +593,47 @@ def test_candidates_score_as_by_teacher_forcing(family, attention, prefixes, end
     assert_same_gradients(model, (ours * mix).sum(), (want * mix * scored).sum(), 2e-6)
 
 
+@pytest.mark.parametrize("wrap", ("adapted", "compiled"))
+@pytest.mark.parametrize("family", ("t5", "llama"))
+def test_candidates_of_a_wrapped_model(family, wrap):
+    codes, _ = catalogue()
+    model = copy.deepcopy(tiny(family))
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=9).draw(torch.tensor([0, 7, 7]), seed=2)
+    if wrap == "adapted":
+        peft = pytest.importorskip("peft")
+        kind, layers = ("SEQ_2_SEQ_LM", ["q", "v"]) if family == "t5" else ("CAUSAL_LM", ["q_proj"])
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type=kind, target_modules=layers))
+        learned = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+        for parameter in learned.values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.eval()
+        want = hf.sid_pairwise_logps(
+            copy.deepcopy(model).merge_and_unload(), drawn, **given, offsets=OFFSETS
+        )
+    else:
+        want = hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+        learned = dict(model.named_parameters())
+        model = torch.compile(model, backend="eager")
+    ours = hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+    torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
+    ours.sum().backward()
+    assert learned and all(p.grad is not None and p.grad.any() for p in learned.values())
+
+
+def test_rotary_embeddings_that_change_within_an_item_are_refused():
+    model, (codes, _) = copy.deepcopy(tiny("llama")), catalogue()
+    given = read_only(model, examples(codes, 3))
+    drawn = CandidateSampler(codes, negatives=9).draw(torch.tensor([0, 7, 7]), seed=2)
+    S = given["input_ids"].shape[1]
+    model.config.rope_parameters = {"rope_type": "dynamic"}
+    model.config.max_position_embeddings = S + L - 1
+    hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+    model.config.max_position_embeddings = S + L - 2
+    with pytest.raises(ValueError, match=rf"must not go beyond {S + L - 2}, .*\(dynamic\) change"):
+        hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)
+
+
 def test_each_prefix_is_decoded_once_and_each_user_encoded_once():
     model = tiny("t5")
     codes, _ = catalogue()

@@ -10,7 +10,6 @@ searches instead.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from ..decode import BeamResult, SampleResult, StepFn, beam_search, sample_items
 from ..filters import ItemFilter
 from ..trie import Trie
+from .hf_modules import plain, shallow, watched, with_modules
 
 try:
     from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
@@ -38,6 +38,14 @@ _ENCODER_DECODERS = ("t5", "mt5")
 # What a model's forward calls its cache: the first from transformers 5.24 on.
 _CACHES = ("cache", "past_key_values")
 _NORMALISERS = ("vocab", "level", "children")
+# Kinds of models that the tree of beams does not fit: they take a key's place in the cache for its
+# position, want masks of two dimensions, or count positions from another number than 0.
+_PLACES_ARE_POSITIONS = ("gpt_neo",)
+_OWN_MASKS = ("xlm", "flaubert")
+_COUNT_FROM_PADDING = (
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl",
+)  # fmt: skip
 
 
 @dataclass
@@ -126,8 +134,14 @@ def sid_beam_search(
     """
     if trie is None:
         raise ValueError("trie is None: give generate(..., trie=) a genrec_ext.Trie")
-    if sid_beams < 1:
-        raise ValueError(f"sid_beams must be at least 1, got {sid_beams}")
+    if not isinstance(sid_beams, int) or sid_beams < 1:
+        raise ValueError(f"sid_beams must be an integer of at least 1, got {sid_beams}")
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if getattr(prepare, "__self__", model) is not model:  # PEFT's
+        raise ValueError(
+            f"{type(prepare.__self__).__name__} puts tokens before the prompt (prompt or prefix "
+            "tuning), which the search does not see; expected adapters of layers, such as LoRA"
+        )
     config = generation_config
     for name, accepted, instead in (
         ("num_beams", 1, "sid_beams sets the number of beams"),
@@ -383,6 +397,7 @@ def trie_step(
     """
     if softmax not in _NORMALISERS:
         raise ValueError(f"softmax must be one of {', '.join(_NORMALISERS)}, got {softmax!r}")
+    model = plain(model)
     _check_model(model)
     _check_trie(model, trie)
     head = _Head(model, trie, softmax)
@@ -445,6 +460,14 @@ def _check_model(model: Any) -> None:
                 f"the model's forward must take {' or '.join(wanted)}; {name}'s does not"
             )
     text = config.get_text_config(decoder=True)
+    if config.model_type in _PLACES_ARE_POSITIONS:
+        raise ValueError(
+            f"{name} looks back by places in the cache, where beams stand beside each other"
+        )
+    if config.model_type in _OWN_MASKS:
+        raise ValueError(f"{name} takes no mask of beams")
+    if config.model_type in _COUNT_FROM_PADDING:
+        raise ValueError(f"{name} counts positions from its padding token; expected them from 0")
     if getattr(text, "alibi", False):
         raise ValueError(f"{name} takes positions from the mask (alibi); position_ids are needed")
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer}
@@ -456,9 +479,49 @@ def _check_model(model: Any) -> None:
         )
 
 
+def check_rope(model: Any, prompt: int, levels: int, exact: bool = False) -> None:
+    """Refuses items across the length at which rotary embeddings change for all positions: the
+    prompt's keys stay as they were computed.
+
+    ``generate`` keeps them too where the embeddings change with every length ("dynamic"), so that
+    only those who want what teacher forcing gives (``exact``) are told.
+    """
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    longest = prompt + levels - 1
+    limit: int
+    if kind == "longrope":
+        own = getattr(text, "original_max_position_embeddings", longest)
+        limit = rope.get("original_max_position_embeddings", own)
+        change = prompt <= limit < longest
+    else:
+        limit = text.max_position_embeddings if exact and kind == "dynamic" else longest
+        change = limit < longest
+    if change:
+        raise ValueError(
+            f"prompts of {prompt} tokens and {levels} of an item must not go beyond {limit}, where "
+            f"the model's rotary embeddings ({kind}) change for the prompt too"
+        )
+
+
+def _columns_of(model: Any) -> int:
+    """V, the columns of the model's logits."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        raise ValueError(
+            f"the model must have a language-model head; {type(model).__name__} has none"
+        )
+    return int((weight() if callable(weight) else weight).shape[0])  # a call where quantised
+
+
 def _check_trie(model: Any, trie: Trie) -> None:
     """The trie's columns must be columns of the model's logits."""
-    V = model.get_output_embeddings().weight.shape[0]
+    if not isinstance(trie, Trie):
+        raise ValueError(
+            f"trie must be a genrec_ext.Trie, got {type(trie).__name__} (of a LiveTrie: .current)"
+        )
+    V = _columns_of(model)
     for level in range(trie.levels):
         labels = trie.labels(level)
         if len(labels) and int(labels.max()) >= V:
@@ -583,6 +646,9 @@ def _causal_step(
 ) -> StepFn:
     """The step of a causal language model, over prompts of its own."""
     shape, device = next(iter(prompt.values())).shape[:2], next(iter(prompt.values())).device
+    if not shape[1]:
+        raise ValueError("input_ids must have at least one token a prompt, got none")
+    check_rope(model, shape[1], trie.levels)
     if attention_mask is None:
         real = torch.ones(shape, dtype=torch.bool, device=device)
     else:
@@ -659,7 +725,7 @@ def _encoder_decoder_step(
         before = torch.arange(D, device=prompt.device)
         beams = torch.arange(level, device=prompt.device).repeat_interleave(token.shape[1])
         bias = table[:, :, D + level - 1, torch.cat([before, beams + D])].unsqueeze(2)
-        biased = _shallow(attention)
+        biased = shallow(attention)
         biased.compute_bias = lambda *_, **__: bias
         out = head.model(level, {attention_name: biased})(
             decoder_input_ids=head.tokens(level, token),
@@ -704,16 +770,15 @@ class _Head:
 
     def __init__(self, model: Any, trie: Trie, softmax: str) -> None:
         self._model = model
-        self._V = model.get_output_embeddings().weight.shape[0]
-        self._ranges = [trie.level_columns(level, self._V) for level in range(trie.levels)]
         self._narrow = softmax != "vocab"
         self.trie = cast(Trie, _OwnColumns(trie)) if self._narrow else trie
         if self._narrow:
-            head = model.get_output_embeddings()
+            V, head = _columns_of(model), model.get_output_embeddings()
+            self._ranges = [trie.level_columns(level, V) for level in range(trie.levels)]
             self._name = next(name for name, module in model.named_modules() if module is head)
             # Of any other head, such as an adapter's, a level's columns are taken from all.
-            plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-            whole = plain and head.weight.is_floating_point()
+            linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+            whole = linear and not watched(head) and head.weight.is_floating_point()
             fits = whole and head.weight.shape[1] == head.in_features
             self._rows: type[nn.Module] = _HeadRows if fits else _HeadColumns
 
@@ -724,7 +789,7 @@ class _Head:
             modules[self._name] = self._rows(
                 self._model.get_output_embeddings(), self._ranges[level]
             )
-        return _replaced(self._model, modules) if modules else self._model
+        return with_modules(self._model, modules) if modules else self._model
 
     def checked(self, level: int, logits: Tensor) -> Tensor:
         """The logits, once they are known to be what was asked for."""
@@ -732,13 +797,14 @@ class _Head:
             raise ValueError(
                 f"trie must be on the logits' device {logits.device}, got {self.trie.device}"
             )
-        begin, end = self._ranges[level]
-        if self._narrow and logits.shape[-1] != end - begin:
-            raise ValueError(
-                f"level {level} has {end - begin} columns, but the model returned "
-                f"{logits.shape[-1]}: it does not call its head; use softmax='vocab'"
-            )
-        return logits
+        if self._narrow:
+            begin, end = self._ranges[level]
+            if logits.shape[-1] != end - begin:
+                raise ValueError(
+                    f"level {level} has {end - begin} columns, but the model returned "
+                    f"{logits.shape[-1]}: it does not call its head; use softmax='vocab'"
+                )
+        return logits.float() if logits.dtype == torch.float64 else logits
 
     def tokens(self, level: int, token: Tensor) -> Tensor:
         """Token ids of the columns that ``level - 1`` took."""
@@ -792,38 +858,6 @@ class _OwnColumns:
     def _step(self, level: int) -> tuple[Any, ...]:
         first_child, _, _, _, closed = self._trie._step(level)
         return first_child, self.labels(level), 0, -1, closed
-
-
-def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """The model with other modules at some names: a copy of the way there, sharing all weights.
-
-    The model itself stays as it is, for other threads that use it.
-    """
-    root = _shallow(model)
-    for name, module in modules.items():
-        *path, last = name.split(".")
-        at = root
-        for part in path:
-            at._modules[part] = _shallow(cast(nn.Module, at._modules[part]))
-            at = cast(nn.Module, at._modules[part])
-        at._modules[last] = module
-    return root
-
-
-def _shallow(module: nn.Module) -> Any:
-    """A copy that shares everything but the tables of its children and its hooks: what is hooked
-    onto it for a call does not stay on the module."""
-    if "forward" in vars(module):  # bound to the module itself, as accelerate's hooks are
-        raise ValueError(
-            f"{type(module).__name__}.forward has been replaced on the module, as for offloading; "
-            "put the model on one device"
-        )
-    other = copy.copy(module)
-    vars(other)["_modules"] = dict(module._modules)
-    for name, value in vars(module).items():
-        if name.startswith(("_forward", "_backward")) and isinstance(value, dict):
-            vars(other)[name] = copy.copy(value)
-    return other
 
 
 # ---- masks for transformers' own searches ----

@@ -6,7 +6,6 @@ prefix of the user's candidates once, all of them in one call of the decoder.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from ..candidates import Candidates, context_logps
 from ..ops.attention import FUSED, MOST_LEVELS, path_attention
+from .hf_modules import plain, watched, with_modules
 
 try:
     from transformers import DynamicCache
@@ -393,17 +393,6 @@ class _PackedAttention(nn.Module):
         return of.o(mixed.index_select(0, self._places).unsqueeze(0)), bias, None
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody waits for the module's own call, or has changed it."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
-
-
 def _from(module: nn.Module, *packages: str) -> bool:
     """Whether its class is one of these packages' own."""
     return type(module).__module__.startswith(packages)
@@ -417,7 +406,7 @@ def _leaner(model: Any, stack: str) -> dict[str, nn.Module]:
     to write.  Only of modules that are transformers' own, and that nobody watches."""
     replaced: dict[str, nn.Module] = {}
     for name, module in model.get_submodule(stack).named_modules():
-        if not _from(module, *T5) or _watched(module):
+        if not _from(module, *T5) or watched(module):
             continue
         kind = type(module).__name__
         if kind.endswith("LayerNorm"):
@@ -425,7 +414,7 @@ def _leaner(model: Any, stack: str) -> dict[str, nn.Module]:
         elif kind.endswith("DenseActDense"):
             act, before = module.act, module.wi
             own = type(act) is nn.ReLU and type(before) is nn.Linear  # which makes it anew
-            if own and not _watched(cast(nn.Module, act)) and not _watched(cast(nn.Module, before)):
+            if own and not watched(cast(nn.Module, act)) and not watched(cast(nn.Module, before)):
                 replaced[f"{stack}.{name}.act"] = nn.ReLU(inplace=True)
     return replaced
 
@@ -438,7 +427,7 @@ def _can_be_packed(model: Any) -> bool:
         return False  # transformers would watch the blocks for them
     return all(
         _from(module, *T5, "transformers.activations", "torch.nn.modules.", "peft.")
-        and not _watched(module)
+        and not watched(module)
         for module in model.encoder.modules()
     )
 
@@ -446,8 +435,6 @@ def _can_be_packed(model: Any) -> bool:
 def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None) -> Tensor | None:
     """``[B, S, d]``: what the encoder makes of the tokens alone, zeros at padding; or None where
     that saves little, or would wait for the device."""
-    from .hf import _replaced
-
     if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask.dim() != 2:
         return None
     real = attention_mask != 0
@@ -467,7 +454,7 @@ def _packed(model: Any, given: dict[str, Tensor], attention_mask: Tensor | None)
     for layer in range(len(model.encoder.block)):
         at = f"encoder.block.{layer}.layer.0.SelfAttention"
         replaced[at] = _PackedAttention(model.get_submodule(at), real, places)
-    encoder: Any = _replaced(_unwrapped(model), replaced).encoder
+    encoder: Any = with_modules(model, replaced).encoder
     packed = encoder(**{name: x[real].unsqueeze(0)})[0]
     return _with_padding(packed[0], places, real.shape)
 
@@ -567,6 +554,7 @@ def pairwise_logps(
     P = L if prefixes is None else prefixes
     if not 1 <= P <= L:
         raise ValueError(f"prefixes must lie in 1 to {L}, the tokens of an item, got {P}")
+    model = plain(model)
     _check_model(model)
     tokens = candidates.codes
     if offsets is not None:
@@ -602,7 +590,7 @@ def _encoder_decoder_logits(
     encoder_outputs: Any,
 ) -> Tensor:
     """``[B, W, V]``: the decoder's logits after each prefix."""
-    from .hf import _one_of, _replaced, _start_token
+    from .hf import _one_of, _start_token
 
     if encoder_outputs is None:
         given = _one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
@@ -620,7 +608,7 @@ def _encoder_decoder_logits(
         replaced[name] = _PathAttention(model.get_submodule(name), paths)
         name = f"decoder.block.{layer}.layer.1.EncDecAttention"
         replaced[name] = _CrossAttention(model.get_submodule(name))
-    out = _replaced(_unwrapped(model), replaced)(
+    out = with_modules(model, replaced)(
         encoder_outputs=encoder_outputs,
         attention_mask=attention_mask,
         decoder_input_ids=nodes,
@@ -640,7 +628,7 @@ def _causal_logits(
     encoder_outputs: Any,
 ) -> Tensor:
     """``[B, W, V]``: the model's logits after the prompt and each prefix."""
-    from .hf import _check_filled, _one_of, _takes_last, with_cache
+    from .hf import _check_filled, _one_of, _takes_last, check_rope, with_cache
 
     if encoder_outputs is not None:
         raise ValueError("encoder_outputs must be None for a causal model")
@@ -648,6 +636,9 @@ def _causal_logits(
     prompt = next(iter(given.values()))
     B, S = prompt.shape[:2]
     _check_users(next(iter(given)), B, len(tree.tokens))
+    if not S:
+        raise ValueError("input_ids must have at least one token a prompt, got none")
+    check_rope(model, S, tree.levels, exact=True)
     if attention_mask is None:
         real = torch.ones(B, S, dtype=torch.bool, device=prompt.device)
     else:
@@ -693,12 +684,3 @@ def _causal_logits(
         **shared,
     ).logits
     return torch.cat([first, rest], 1)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model without accelerate's autocast around its forward, which would call the original."""
-    if "_original_forward" not in vars(model):
-        return model
-    other = copy.copy(model)
-    vars(other).pop("forward", None)
-    return other
