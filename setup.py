@@ -50,6 +50,8 @@ def find_torch():
     torch itself is never imported.
     """
     if named := os.environ.get("GENREC_TORCH_DIR"):
+        if not (Path(named) / "version.py").exists():
+            sys.exit(f"GENREC_TORCH_DIR={named} holds no torch package: it has no version.py")
         return Path(named)
     spec = importlib.util.find_spec("torch")  # no isolation, or torch as a build requirement
     if spec and spec.origin:
@@ -61,8 +63,11 @@ def find_torch():
         folders = [Path(os.environ["VIRTUAL_ENV"], "bin")] if "VIRTUAL_ENV" in os.environ else []
         folders += [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
         for folder in folders:
-            if folder.parent.resolve() != own and (folder / "python").exists():
-                return torch_of(str(folder / "python"))
+            python = folder / "python"
+            if folder.parent.resolve() == own or not python.exists():
+                continue
+            if found := torch_of(str(python)):
+                return found
     return None
 
 
@@ -99,7 +104,10 @@ def tool(name):
 TORCH_DIR = find_torch()
 TORCH_VERSION, TORCH_CUDA = torch_versions(TORCH_DIR) if TORCH_DIR else (None, None)
 NVCC = find_nvcc()
-CUDA_WANTED = os.environ.get("GENREC_CUDA", "1" if TORCH_CUDA and NVCC else "0") == "1"
+CUDA_WANTED = os.environ.get("GENREC_CUDA", "1" if TORCH_CUDA and NVCC else "0")
+if CUDA_WANTED not in ("0", "1"):
+    sys.exit(f"GENREC_CUDA={CUDA_WANTED}; expected 0 or 1")
+CUDA_WANTED = CUDA_WANTED == "1"
 WITH_CUDA = CUDA_WANTED and TORCH_DIR is not None
 
 

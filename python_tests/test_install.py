@@ -105,6 +105,36 @@ def test_the_source_distribution_has_what_builds_tests_and_explains(sdist):
     assert not [name for name in names if name.endswith(".so")]
 
 
+def test_a_source_distribution_asks_for_no_torch():
+    code = (
+        "from setuptools import build_meta as own;"
+        "own.get_requires_for_build_sdist = lambda settings=None: ['torch>=2.11', 'other'];"
+        "import _build_backend as ours;"
+        "print(ours.get_requires_for_build_sdist());"
+        "print(all(getattr(ours, name) is getattr(own, name) for name in own.__all__"
+        " if name not in ('get_requires_for_build_sdist', '__legacy__')))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).splitlines() == ["['other']", "True"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "text"),
+    [
+        ("GENREC_TORCH_DIR", "/nowhere", "GENREC_TORCH_DIR=/nowhere holds no torch package"),
+        ("GENREC_CUDA", "yes", "GENREC_CUDA=yes; expected 0 or 1"),
+    ],
+)
+def test_settings_of_the_build_that_make_no_sense_are_refused(variable, value, text):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and text in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
 def test_the_wheel_needs_no_library_but_the_system_s_and_torch(wheel):
     built, _ = wheel

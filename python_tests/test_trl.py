@@ -5,11 +5,14 @@ import importlib
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import child_environment
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
@@ -550,6 +553,14 @@ def test_training_raises_the_reward(tmp_path):
         ({"objective": "ppo"}, "objective"),
         ({"advantage_clamp": -1.0}, "advantage_clamp must be positive, got -1.0"),
         ({"eps_pos": -2.0}, "eps_pos"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must keep its default None, the loss"),
+        ({"reward_weights": [1.0, math.nan]}, "reward_weights must be finite"),
+        (
+            {"beta": 0.1, "use_bias_correction_kl": False},
+            "beta must be 0 for a model that was made in memory, got 0.1",
+        ),
     ),
 )
 def test_settings_that_nothing_reads_are_refused(config, text, tmp_path):
@@ -574,6 +585,42 @@ def test_arguments_that_do_not_fit_are_refused(settings, text, tmp_path):
         trainer(tmp_path, settings=settings)
 
 
+@pytest.mark.parametrize("kind", (sample_rollout, beam_rollout))
+def test_a_policy_that_has_diverged_says_so(kind, tmp_path):
+    model, seen = tiny(), []
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+
+    def reward(completions, items, **_):
+        seen.extend(items)
+        return [0.0] * len(items)
+
+    sage = trainer(tmp_path, model, rollout=kind(TRIE), rewards=[reward], max_steps=1)
+    with pytest.raises(ValueError, match="logits must be finite over some items of the trie"):
+        sage.train()
+    assert not seen
+
+
+def test_prompts_without_tokens_are_refused(tmp_path):
+    sage = trainer(tmp_path, prompts=["x", ""] * 2, max_steps=1)
+    with pytest.raises(ValueError, match="prompts must have tokens, got none from ''"):
+        sage.train()
+
+
+def test_a_reference_model_that_does_not_fit_the_trie_is_refused(tmp_path):
+    small = tiny()
+    small.resize_token_embeddings(FIRST + K * L - 1)
+    small.save_pretrained(tmp_path / "small")
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(FIRST + K * L + 2)
+    settings = {"beta": 0.1, "use_bias_correction_kl": False}
+    with pytest.raises(ValueError, match=r"beta: the reference model, .*small'.* does not fit the"):
+        trainer(tmp_path / "run", model, **settings)
+    model.save_pretrained(tmp_path / "grown")
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "grown")
+    trainer(tmp_path / "run", model, **settings)
+
+
 def test_other_rollouts_and_configs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="rollout_func must be sample_rollout"):
         SAGETrainer(tiny(), even, SAGEConfig(str(tmp_path), bf16=False), rollout_func=even)
@@ -583,6 +630,54 @@ def test_other_rollouts_and_configs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="token ids below 21"):
         outside = Trie.from_items([[4, 90], [5, 90], [6, 90], [7, 90]])
         trainer(tmp_path, rollout=sample_rollout(outside))
+
+
+TWO_PROCESSES = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_trl import *
+
+class Told(SAGETrainer):
+    def _calculate_rewards(self, *given, **named):
+        self.told = super()._calculate_rewards(*given, **named).clone()
+        return self.told
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        own = len(inputs)
+        begin = self.accelerator.process_index * own
+        rewards = self.told.view(-1, G, 2)
+        assert len(self.told) == 2 * own
+        want = reference.decoupled_advantages(rewards, torch.ones(2)).flatten()
+        torch.testing.assert_close(output["advantages"], want[begin : begin + own])
+        return output
+
+sage = Told(
+    tiny(), [even, small],
+    SAGEConfig(**settings_of(sys.argv[2], max_steps=3, num_iterations=2, ddp_backend="gloo")),
+    Dataset.from_dict({"prompt": PROMPTS}), processing_class=tokenizer(),
+    rollout_func=sample_rollout(TRIE),
+)
+sage.train()
+print("weights", sum(p.double().sum().item() for p in sage.model.parameters()))
+"""
+
+
+def test_two_processes_share_advantages_and_end_with_the_same_weights(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(
+        [sys.executable, *run, str(Path(__file__).parent), str(tmp_path / "run")],
+        env=child_environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = [line for line in result.stdout.splitlines() if line.startswith("weights")]
+    assert len(weights) == 2 and weights[0] == weights[1]
+    assert weights[0] != f"weights {sum(p.double().sum().item() for p in tiny().parameters())}"
 
 
 def test_config_reads_a_command_line(tmp_path):

@@ -176,6 +176,14 @@ def test_values_that_differ_within_a_row_are_refused():
         sage_policy_loss()(**given, rollout_is_weights=rows)
     with pytest.raises(ValueError, match=r"advantages must have shape \[6, 4\], got \[6, 1\]"):
         sage_policy_loss()(**{**given, "advantages": torch.ones(6, 1)})
+    with pytest.raises(ValueError, match=r"rollout_is_weights must have shape \[6, 4\], got \[6\]"):
+        sage_policy_loss()(**given, rollout_is_weights=torch.ones(6))
+    for shape in ((0, 4), (6, 0), (24,)):
+        empty = dict.fromkeys(("old_log_prob", "log_prob", "advantages"), torch.ones(shape))
+        with pytest.raises(
+            ValueError, match=r"log_prob must have shape \[B, T\], B and T at least"
+        ):
+            sage_policy_loss()(**empty, response_mask=torch.ones(shape, dtype=torch.bool))
 
 
 # ---- verl itself ----

@@ -334,6 +334,7 @@ def test_drafts_are_refused(classes):
     ("params", "text"),
     (
         (SamplingParams(3, {"trie": "shops"}), "trie must be one of shop, other, got 'shops'"),
+        (SamplingParams(3, {"trie": ["shop"]}), r"trie must be one of shop, other, got \['shop'\]"),
         (SamplingParams(4, {"trie": "shop"}), "max_tokens must be 3, .*'shop', got 4"),
         (SamplingParams(None, {"trie": "other"}), "max_tokens must be 2, .* got None"),
     ),
@@ -359,6 +360,26 @@ def test_a_variable_that_names_no_trie_is_an_error(text, error, monkeypatch):
     monkeypatch.setenv("GENREC_TRIES", text)
     with pytest.raises(ValueError, match=error):
         ours.load_tries()
+
+
+def test_a_trie_beyond_the_vocabulary_is_refused(classes, tries):
+    processor = classes.TrieLogitsProcessor(None, torch.device("cpu"), False)
+    shop = ours.load_tries()["shop"]
+    largest = max(int(shop.labels(level).max()) for level in range(shop.levels))
+    for columns in (largest, largest + 1):
+        logits, none = torch.zeros(1, columns), torch.zeros(1, 0, dtype=torch.int64)
+        if columns == largest:
+            text = f"the trie 'shop' has the token {largest}, but .* vocabulary ends at {largest}"
+            with pytest.raises(ValueError, match=text):
+                processor._keep(logits, "shop", torch.zeros(1, dtype=torch.int64), none)
+        else:
+            processor._keep(logits, "shop", torch.zeros(1, dtype=torch.int64), none)
+            assert logits.isinf().any()
+
+
+def test_a_name_stands_for_one_trie(tries):
+    with pytest.raises(ValueError, match="must name each trie once, got 'shop' again"):
+        ours.load_tries(f"{tries},{tries}")
 
 
 def test_files_are_read_once(tries):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ _REPLACED = {
         "entropy_coef_delta", "entropy_target", "use_liger_kernel", "cast_lm_head_to_fp32",
         "mask_truncated_completions",
     ),
+    "the loss must see the policy that rolled out, not one with noise": ("neftune_noise_alpha",),
     "advantages are decoupled_advantages of the rewards": (
         "scale_rewards", "multi_objective_aggregation",
     ),
@@ -89,6 +91,11 @@ _REPLACED = {
 }  # fmt: skip
 """TRL's settings that nothing here reads, and why; each must keep TRL's default."""
 
+
+_DIVERGED = (
+    "the model's logits must be finite over some items of the trie, got NaN or infinities: the "
+    "policy has diverged, or its weights are broken"
+)
 
 # ---- rollouts ----
 
@@ -169,6 +176,9 @@ class TrieRollout:
         ids, images, _ = trainer._tokenize_prompts(firsts)
         if images is not None:
             raise ValueError("prompts must be text, got images")
+        if not all(len(row) for row in ids):
+            empty = firsts[[len(row) for row in ids].index(0)]
+            raise ValueError(f"prompts must have tokens, got none from {empty!r}")
         device = trainer.accelerator.device
         self.trie = trie = self.trie.to(device)
         padded, mask = _left_padded(ids, trainer.processing_class.pad_token_id, device)
@@ -176,6 +186,8 @@ class TrieRollout:
             items, codes, logps = self._lists(
                 policy_of(trainer), width, padded, mask, trainer.temperature
             )
+        if bool((items < 0).any()) or not bool(logps.isfinite().all()):
+            raise ValueError(_DIVERGED)
         offsets = torch.tensor(trie.level_offsets or [0] * trie.levels, device=device)
         return {
             "prompt_ids": [list(prompt) for prompt in ids for _ in range(width)],
@@ -208,6 +220,8 @@ class TrieRollout:
             temperature=temperature,
             on_level=kept.on_level,
         )
+        if bool((found.items < 0).any()):
+            raise ValueError(_DIVERGED)
         return found.items, found.codes, kept.logps(self.trie, trie, found.codes, temperature)
 
 
@@ -432,6 +446,7 @@ class SAGEConfig(GRPOConfig):
             raise ValueError(f"advantage_clamp must be positive, got {self.advantage_clamp}")
         one = torch.zeros(1, 1)  # the operator knows what it accepts
         sage_loss_from_logps(one, one, one[0], ref_logps=one, config=self.sage())
+        token_logps(one.unsqueeze(2), one.long(), temperature=self.temperature)
 
     def sage(self) -> SageConfig:
         """The objective's settings."""
@@ -490,9 +505,11 @@ class SAGETrainer(GRPOTrainer):
                 f"{type(rollout_func).__name__}"
             )
         _check_settings(args, rollout_func.trie, settings)
+        _check_reference(model, args, settings)
         self.potential = _checked_potential(potential, rollout_func.trie)
         self._rewards: Tensor | None = None
         self._skip_old = False
+        self._loaded_from = _name_of(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*rollout_func", category=UserWarning)
             super().__init__(
@@ -529,7 +546,17 @@ class SAGETrainer(GRPOTrainer):
                 "router_aux_loss_coef must be 0, the loss is SAGE's alone, got "
                 f"{self.router_aux_loss_coef}"
             )
-        _check_trie(policy_of(self), cast(TrieRollout, self.rollout_func).trie)
+        trie = cast(TrieRollout, self.rollout_func).trie
+        _check_trie(policy_of(self), trie)
+        reference = getattr(self, "ref_model", None)
+        if reference is not None:
+            try:
+                _check_trie(self.accelerator.unwrap_model(reference), trie)
+            except ValueError as error:
+                raise ValueError(
+                    f"beta: the reference model, which TRL loads from {self._loaded_from!r}, does "
+                    f"not fit the trie ({error}); save the model as it is now, and pass the folder"
+                ) from error
 
     # ---- what a rollout is worth ----
 
@@ -690,9 +717,26 @@ def _check_settings(args: Any, trie: Trie, settings: dict[str, Any]) -> None:
             f"max_completion_length must be at least {trie.levels}, the tokens of an item, got "
             f"{args.max_completion_length}"
         )
+    weights = args.reward_weights
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward_weights must be finite, got {weights}")
     for name in ("tools", "environment_factory"):
         if settings.get(name) is not None:
             raise ValueError(f"{name} must be None: a completion is an item of the trie")
+
+
+def _name_of(model: Any) -> str:
+    """Where TRL loads the reference model from."""
+    return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+
+
+def _check_reference(model: Any, args: Any, settings: dict[str, Any]) -> None:
+    adapted = settings.get("peft_config") is not None or hasattr(model, "peft_config")
+    if args.beta and not adapted and not _name_of(model):
+        raise ValueError(
+            f"beta must be 0 for a model that was made in memory, got {args.beta}: TRL loads the "
+            "reference model by its name; save_pretrained, and pass the folder"
+        )
 
 
 def _checked_potential(potential: Any, trie: Trie) -> Tensor | None:

@@ -87,12 +87,17 @@ def sage_policy_loss(config: SageConfig | None = None) -> PolicyLoss:
                 f"whatever its length; got {loss_agg_mode!r}"
             )
         shape = log_prob.shape
+        if len(shape) != 2 or not log_prob.numel():
+            raise ValueError(
+                f"log_prob must have shape [B, T], B and T at least 1, got {list(shape)}"
+            )
         for name, value in (
             ("old_log_prob", old_log_prob),
             ("advantages", advantages),
             ("response_mask", response_mask),
+            ("rollout_is_weights", rollout_is_weights),
         ):
-            if value.shape != shape:
+            if value is not None and value.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
         mask = response_mask.bool()
         present = mask.any(1)

@@ -57,6 +57,8 @@ def _load(text: str) -> Mapping[str, Trie]:
         name, separator, path = entry.partition("=")
         if not (name and separator and path):
             raise ValueError(f"{VARIABLE} must be name=file, with commas between, got {entry!r}")
+        if name in tries:
+            raise ValueError(f"{VARIABLE} must name each trie once, got {name!r} again")
         tries[name] = Trie.load(path)
     if not tries:
         raise ValueError(f"{VARIABLE} must name at least one trie, as name=file; got {text!r}")
@@ -74,7 +76,7 @@ def requested(sampling_params: Any) -> str | None:
     if name is None:
         return None
     tries = load_tries()
-    if name not in tries:
+    if not isinstance(name, str) or name not in tries:
         raise ValueError(f"{ARGUMENT} must be one of {', '.join(tries)}, got {name!r}")
     levels = tries[name].levels
     if sampling_params.max_tokens != levels:
@@ -82,7 +84,7 @@ def requested(sampling_params: Any) -> str | None:
             f"max_tokens must be {levels}, the tokens of an item of {name!r}, got "
             f"{sampling_params.max_tokens}"
         )
-    return str(name)
+    return name
 
 
 class _OnTrie:
@@ -90,6 +92,10 @@ class _OnTrie:
 
     def _start(self, device: torch.device) -> None:
         self._tries = {name: trie.to(device) for name, trie in load_tries().items()}
+        self._largest = {
+            name: max(int(trie.labels(level).max()) for level in range(trie.levels))
+            for name, trie in load_tries().items()
+        }
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -110,6 +116,11 @@ class _OnTrie:
         nodes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for level in range(generated.shape[1]):
             nodes = trie.child(level, nodes, generated[:, level] - offsets[level])
+        if self._largest[name] >= logits.shape[1]:
+            raise ValueError(
+                f"the trie {name!r} has the token {self._largest[name]}, but the model's "
+                f"vocabulary ends at {logits.shape[1]}"
+            )
         columns, begin = trie.allowed(generated.shape[1], nodes)
         fan = begin.diff()
         if bool((fan == 0).any()):
