@@ -215,8 +215,34 @@ def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     manifest = checkpoints.save({"x": torch.ones(1)}) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 2"):
         checkpoints.load()
+
+
+def test_a_manifest_has_a_checksum_of_its_own(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save({"best": 0.25, "x": torch.ones(1)}) / "manifest.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written, indent=1))  # in another form, the same
+    assert checkpoints.load()["best"] == 0.25
+    for change in (lambda m: m["content"].update(best=0.75), lambda m: m.pop("checksum")):
+        changed = json.loads(json.dumps(written))
+        change(changed)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=r"manifest\.json: not as|not a readable check"):
+            checkpoints.load()
+    path.write_text(json.dumps({**written, "format": 1}))  # which had none
+    assert checkpoints.load()["best"] == 0.25
+
+
+def test_a_bit_that_flips_in_a_model_is_seen(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, {"x": torch.arange(1000.0)})
+    kept = path.read_bytes()
+    at = kept.index(torch.tensor([500.0]).numpy().tobytes())
+    path.write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"not a readable checkpoint .*checksum"):
+        checkpoint.load(path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Runs side by side: what a run keeps of its users, the tables, the picture, the command."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -278,6 +279,20 @@ def test_other_data_are_refused_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("genrec: ") and error.count("\n") == 1
     assert "only runs on the same interactions can be compared" in error
+
+
+@pytest.mark.parametrize("what", ["users", "train_count", "popularity"])
+def test_other_splits_of_the_same_data_are_refused(tmp_path, what):
+    a = made_up(tmp_path / "a")
+    found = per_user.load(a)
+    changed = getattr(found, what)[::-1].copy()
+    (tmp_path / "b").mkdir()
+    dataclasses.replace(found, **{what: changed}).save(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"b: tested on 400 users after another split than .*a"):
+        training.compare_runs({"a": [a], "b": [tmp_path / "b"]})
+    fewer = made_up(tmp_path / "c", users=100)
+    with pytest.raises(ValueError, match=r"c: tested on 100 users after another .*\(400 users\)"):
+        training.compare_runs({"a": [a], "c": [fewer]})
 
 
 # ---- the command ----

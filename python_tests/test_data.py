@@ -451,3 +451,11 @@ def test_shuffling_hides_what_ids_tell(shared_data: Path) -> None:
 
     assert share(own) > 0.02
     assert share(np.arange(data.num_items)) < 0.004
+
+
+def test_halves_of_characters_in_texts_are_replaced(tmp_path: Path) -> None:
+    # Crawled texts that were cut within a character: JSON takes a half as it stands.
+    items = {"0": {"title": "Pen \ud83d"}, "1": {"title": "Ink \U0001f600"}}
+    data = load(write_inter(tmp_path, items=items))
+    assert data.titles is not None
+    assert set(data.titles) == {"Pen \ufffd", "Ink \U0001f600", ""}

@@ -40,7 +40,30 @@ def test_values_have_the_fields_types():
         (["model.softmax=both"], r"model\.softmax: 'both'; expected Literal"),
         (["seed"], "'seed': expected field=value"),
         (["seed=[1"], "not YAML"),
-        (["sft.rate=-1"], r"rate: -1\.0; expected more than 0"),
+        (["sft.rate=-1"], r"sft\.rate: -1\.0; expected more than 0"),
+        (["sft.rate=.inf"], r"sft\.rate: inf; expected more than 0, and finite"),
+        (["sft.weight_decay=.nan"], r"sft\.weight_decay: nan; expected 0 or more"),
+        (["rl.users=0"], r"rl\.users must be at least 1, got 0"),
+        (["rl.weights=[.nan, 1, 1, 1]"], r"rl\.weights must be finite"),
+        (["rl.weights=5"], r"rl\.weights: 5; expected a list"),
+        (["rl.sage.objective=gpso"], r"rl\.sage\.objective must be one of .* got \"gpso\""),
+        (["rl.sage.eps_pos=-2"], r"rl\.sage\.eps_pos"),
+        (["rl.sage.kl_weight=1"], r"rl\.sage\.kl_weight must be 0\.0, as the stage's own"),
+        (["rl.sage.temperature=2"], r"rl\.sage\.temperature must be 1\.0, as lists are drawn"),
+        (["rl.sage.reduction=none"], r"rl\.sage\.reduction must be 'mean'"),
+        (["stages=5"], r"stages: 5; expected a list"),
+        (["stages=null"], r"stages: None; expected a list"),
+        (["stages={sft: 1}"], r"stages: \{'sft': 1\}; expected a list"),
+        (["track=null"], r"track: None; expected a list"),
+        (["seed=true"], r"seed: True; expected a number"),
+        (["sft.users=true"], r"sft\.users: True; expected a number"),
+        (["text_features=-1"], "text_features must be at least 0, got -1"),
+        (["data=x", "reading.foo=1"], r"reading\.foo: no such field; there are format, columns"),
+        (["data=x", "reading.seed=1"], r"reading\.seed: no such field"),
+        (["data=x", "reading.min_user=abc"], r"reading\.min_user: 'abc'; expected int"),
+        (["data=x", "reading.columns=5"], r"reading\.columns: 5; expected dict"),
+        (["tokenizer=rqvae", "rqvae.foo=1"], r"rqvae: \{'foo': 1\}; .*unexpected keyword"),
+        (["tokenizer=rqvae", "rqvae.levels=abc"], r"rqvae: \{'levels': 'abc'\}; "),
     ),
 )
 def test_mistakes_are_named(overrides, text):
@@ -68,6 +91,31 @@ def test_what_is_saved_is_loaded(tmp_path):
     again = settings.load(tmp_path / "c.yaml")
     # The objective decides on the model's softmax, and that is what is written down.
     assert again.model == config.model_settings() and again.as_json() == config.as_json()
+
+
+def test_what_is_saved_says_nothing_of_going_on(tmp_path):
+    settings.save(tmp_path / "c.yaml", settings.load(overrides=["out=x", "resume=true"]))
+    assert not settings.load(tmp_path / "c.yaml").resume
+
+
+@pytest.mark.parametrize(
+    "overrides, idle",
+    (
+        ([], []),
+        (["sft.rate=1e-3", "rl.steps=7"], []),
+        (["sft.beta=2", "sft.beam_width=9", "sft.negatives=3"],
+         ["sft.beam_width", "sft.beta", "sft.negatives"]),
+        (["sft.objective=bear", "sft.beam_width=9", "sft.beta=2"], ["sft.beta"]),
+        (["sft.objective=apao-pointwise", "sft.beta=2", "sft.negatives=9"], ["sft.negatives"]),
+        (["sft.objective=apao-pairwise", "sft.beta=2", "sft.negatives=9"], []),
+        (["stages=sft", "rl.steps=7", "rl.sage.objective=grpo"], ["rl.sage", "rl.steps"]),
+        (["sft.objective=msl", "model.softmax=level"], ["model.softmax"]),
+        (["sft.objective=ce", "model.softmax=level"], []),
+        (["sft.objective=bear", "model.softmax=level"], []),
+    ),
+)  # fmt: skip
+def test_settings_that_nothing_reads_are_told(overrides, idle):
+    assert sorted(settings.load(overrides=["out=x", *overrides]).without_effect()) == idle
 
 
 def test_the_command_passes_everything_on(tmp_path, monkeypatch):

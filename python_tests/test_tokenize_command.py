@@ -273,7 +273,7 @@ def test_json_and_determinism(npy: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--save-tokenizer", "nowhere/t"], "nowhere/t: its folder does not exist"),
         (["--levels", "1", "--collisions", "min_cost"], "items share all codes but the last"),
         (["--levels", "27", "--collisions", "none"], "levels: 27 with collisions 'none'"),
-        (["--seed", "-1"], "seed: -1; expected 0 <= seed < 2^32"),
+        (["--seed", "-1"], "seed: -1; expected 0 <= seed < 2^63"),
         (["--save-tokenizer", "."], "save_tokenizer: . is a folder; expected a file's name"),
         (["--levels", "26"], "levels: 26 with collisions 'suffix'; expected 1 to 25"),
     ],

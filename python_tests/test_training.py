@@ -325,6 +325,30 @@ def test_config_errors(text, changes):
         TrainConfig(out="x", **changes)
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_weights_that_a_last_step_has_spoiled_are_no_result(data_file, tmp_path, capsys, stage):
+    argv = ["train", "--data", str(data_file), "--out", str(tmp_path), "--epochs", "1"]
+    argv += ["--set", "sft.users=512", "--set", "rl.steps=1", "--set", "rl.updates=1"]
+    argv += ["--stages", "sft"] if stage == "sft" else []
+    # Before it, warm-up and loss are as always.
+    assert cli.main([*argv, "--set", f"{stage}.rate=1e37"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the weights' norm is inf after {stage} step 0" in error
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_settings_that_nothing_reads_are_warned_of(data_file, tmp_path):
+    config = settings(
+        data_file, tmp_path, stages=("sft",), rl=RLConfig(steps=3), sft=SFTConfig(beta=2.0),
+        epochs=1, device="nowhere",
+    )  # fmt: skip
+    with (
+        pytest.warns(UserWarning, match=r"sft\.beta, rl\.steps: given, but nothing in this run"),
+        pytest.raises(ValueError, match="nowhere"),
+    ):
+        training.train(config)
+
+
 def test_a_loss_that_is_not_finite_leaves_its_batch(data_file, tmp_path, monkeypatch, capsys):
     step = SFTTrainer._train_step
 
@@ -463,7 +487,8 @@ def test_a_bilevel_run_resumes(bilevel_run, data_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("joint", ("alternating", "simultaneous"))
 def test_the_other_ways_run(data_file, tmp_path, joint):
-    changes = {"stages": ("bilevel",), "bilevel": BilevelConfig(joint=joint, epochs=2, cycle=2)}
+    own = {"cycle": 2} if joint == "alternating" else {}
+    changes = {"stages": ("bilevel",), "bilevel": BilevelConfig(joint=joint, epochs=2, **own)}
     told = training.train(bilevel(data_file, tmp_path, **changes))
     assert list(told["stages"]) == ["bilevel"] and told["config"]["bilevel"]["joint"] == joint
     assert told["stages"]["bilevel"]["codes"]["updates"] == (1 if joint == "alternating" else 2)

@@ -17,7 +17,7 @@ from typing import Any
 
 from .interactions import DataError
 from .reading import Facts, Reading
-from .text_files import BATCH, lines
+from .text_files import BATCH, lines, whole_characters
 
 INTER = ".inter.json"
 _TOKEN = re.compile(r"<([a-z]+)_(-?[0-9]{1,18})>")
@@ -287,7 +287,7 @@ def _field(path: Path, item: str, field: str, value: object) -> str:
             "expected a string, a list of strings or null"
         )
     # Crawled shop pages carry entities ("AT&amp;T").
-    return html.unescape(", ".join(words)).strip()
+    return whole_characters(html.unescape(", ".join(words)).strip())
 
 
 def is_item_id(text: str) -> bool:

@@ -62,6 +62,13 @@ def is_text(value: str) -> bool:
     return True
 
 
+def whole_characters(text: str) -> str:
+    """With U+FFFD for halves of characters, which JSON may hold and no file can."""
+    if is_text(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Each line with its number from 1, without its end (``\\n`` or ``\\r\\n``).
 

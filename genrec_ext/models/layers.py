@@ -25,7 +25,7 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = round(self.rate * 256)
+        dropped = min(255, round(self.rate * 256))
         if not self.training or dropped == 0:
             return x
         if x.device.type != "cpu":

@@ -85,8 +85,8 @@ def tokenize_items(
     most = MAX_LEVELS - (collisions == "suffix")  # which adds one
     if levels > most:  # before the fit, which may be long
         raise ValueError(f"levels: {levels} with collisions {collisions!r}; expected 1 to {most}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed}; expected 0 <= seed < 2^32")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed}; expected 0 <= seed < 2^63")
     _check_targets({"items": items, "ids": ids, "out": out, "save_tokenizer": save_tokenizer})
     settings: dict[str, Any] = {"levels": levels, "codebook_size": codebook_size, "seed": seed}
     tokenizer = kinds()[method](**settings)

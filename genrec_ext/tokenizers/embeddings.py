@@ -54,7 +54,8 @@ def text_embeddings(texts: Sequence[str], dimensions: int = 64, seed: int = 0) -
     rank = min(dimensions, *(size - 1 for size in words.shape))
     if rank < 1:
         return _unit(torch.from_numpy(words.toarray()[:, :dimensions]).float())
-    reduced = TruncatedSVD(rank, random_state=seed).fit_transform(words)
+    # scikit-learn's seeds have 32 bits.
+    reduced = TruncatedSVD(rank, random_state=seed % 2**32).fit_transform(words)
     return _unit(torch.from_numpy(reduced).float())
 
 

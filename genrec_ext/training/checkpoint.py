@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,6 +88,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected one written by `genrec train`")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} does not fit")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"{path}: not a readable checkpoint ({error!r})") from error
@@ -103,7 +108,7 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """A text, replaced in one step."""
-    save_bytes(path, text.encode())
+    save_bytes(path, text.encode(errors="replace"))  # a half of a character, as crawled texts have
 
 
 def save_bytes(path: Path, content: bytes) -> None:
@@ -120,7 +125,7 @@ KEPT = 2
 
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
-_MANIFEST_FORMAT = 1
+_MANIFEST_FORMAT = 2  # 1 had no checksum of its own
 
 
 class Checkpoints:
@@ -189,6 +194,7 @@ class Checkpoints:
         def complete() -> None:
             files = {file.name: list(_fingerprint(file)) for file in sorted(partial.iterdir())}
             manifest = {"format": _MANIFEST_FORMAT, "files": files, "content": plain}
+            manifest["checksum"] = _checksum(manifest)
             with replacing(partial / _MANIFEST) as file:
                 file.write(json.dumps(manifest).encode())
             _flush(partial)
@@ -251,9 +257,13 @@ def _checked(path: Path, before: Path | None) -> dict[str, Any]:
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         version = manifest["format"]
-        if version != _MANIFEST_FORMAT:
+        if version not in (1, _MANIFEST_FORMAT):
             raise CheckpointError(
                 f"{path}: format {version}; this version reads format {_MANIFEST_FORMAT}{hint}"
+            )
+        if version != 1 and manifest.pop("checksum") != _checksum(manifest):
+            raise CheckpointError(
+                f"{path / _MANIFEST}: not as it was written; expected its own CRC-32{hint}"
             )
         for name, (size, checksum) in manifest["files"].items():
             found = _fingerprint(path / name)
@@ -267,6 +277,11 @@ def _checked(path: Path, before: Path | None) -> dict[str, Any]:
             raise
         raise CheckpointError(f"{path}: not a readable checkpoint ({error!r}){hint}") from error
     return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    """CRC-32 of what a manifest says, whatever the form of its JSON."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def compare_runs(
 
     Raises:
         CheckpointError: a run has no file of its users.
-        ValueError: runs on different data, no run, or an unknown metric.
+        ValueError: runs on different data or of different splits, no run, or an unknown metric.
 
     >>> import tempfile
     >>> folder, four = Path(tempfile.mkdtemp()), np.arange(4)
@@ -75,6 +75,14 @@ def compare_runs(
                     f"{found.data[:12]}, expected {base.data[:12]}); only runs on the same "
                     "interactions can be compared"
                 )
+            # The same interactions, but split otherwise: by their times, or at another moment.
+            for what in ("users", "train_count", "popularity"):
+                if not np.array_equal(getattr(found, what), getattr(base, what)):
+                    raise ValueError(
+                        f"{run}: tested on {len(found.users)} users after another split than "
+                        f"{first_run} ({len(base.users)} users); only runs that share one can be "
+                        "compared"
+                    )
     rows: list[dict[str, Any]] = [
         {"name": name, "runs": [str(run) for run in runs], "figures": {}, "differences": {}}
         for name, runs in groups.items()

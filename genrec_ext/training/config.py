@@ -12,7 +12,7 @@ from ..models import CompactConfig
 from ..tokenizers import RQVAE
 from .bilevel import BilevelConfig
 from .distributed import PARALLEL
-from .objective import SOFTMAX
+from .objective import OF_OBJECTIVE, SOFTMAX
 from .rl import RLConfig
 from .sft import SFTConfig
 from .tracking import TRACKERS
@@ -21,6 +21,24 @@ STAGES = ("sft", "bilevel", "rl")
 DEFAULT_STAGES = ("sft", "rl")
 TOKENIZERS = ("data", "rqvae")
 SPLITS = ("leave-one-out", "time")
+READING = {
+    "format": (str,),
+    "columns": (dict,),
+    "time_unit": (str,),
+    "malformed": (str,),
+    "duplicates": (str,),
+    "min_rating": (float, int),
+    "min_user": (int,),
+    "min_item": (int,),
+}
+"""What `reading` may say, and how: arguments of :func:`genrec_ext.data.load`."""
+
+
+def _changed(config: Any) -> list[str]:
+    """The fields of a stage's settings that are not what they are by default."""
+    default = type(config)()
+    names = (field.name for field in dataclasses.fields(config))
+    return [name for name in names if getattr(config, name) != getattr(default, name)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +130,10 @@ class TrainConfig:
             )
         if self.rqvae and not self.learns_tokenizer():
             raise ValueError(f"rqvae: {self.rqvae}; expected none, as tokenizer is not rqvae")
-        codebook = RQVAE(**self.rqvae).codebook  # and for its errors
+        try:
+            codebook = RQVAE(**self.rqvae).codebook  # and for its errors
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rqvae: {self.rqvae}; {error}") from error
         if self.index is not None and self.learns_tokenizer():
             raise ValueError(
                 f"index: {self.index!r}; expected none, as semantic IDs come from an RQ-VAE"
@@ -124,16 +145,23 @@ class TrainConfig:
                 )
             self.bilevel.check_objective(self.sft.objective)
         elif self.bilevel != BilevelConfig():
-            given = dataclasses.asdict(self.bilevel).items()
-            changed = [name for name, value in given if value != getattr(BilevelConfig, name)]
+            changed = ", ".join(_changed(self.bilevel))
             raise ValueError(
-                f"bilevel: {', '.join(changed)} given without the stage bilevel; got "
-                f"{','.join(self.stages)}"
+                f"bilevel: {changed} given without the stage bilevel; got {','.join(self.stages)}"
             )
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if self.reading and self.data is None:
             raise ValueError(f"reading: {self.reading}; expected none without data to read")
+        for name, value in self.reading.items():
+            if name not in READING:
+                raise ValueError(f"reading.{name}: no such field; there are {', '.join(READING)}")
+            if not isinstance(value, READING[name]) or isinstance(value, bool):
+                kinds = " or ".join(kind.__name__ for kind in READING[name])
+                raise ValueError(f"reading.{name}: {value!r}; expected {kinds}")
+        for name in ("text_features", "covisitation_features"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.parallel not in PARALLEL:
             raise ValueError(
                 f"parallel must be one of {', '.join(PARALLEL)}, got {self.parallel!r}"
@@ -157,6 +185,20 @@ class TrainConfig:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    def without_effect(self) -> list[str]:
+        """Settings that were changed and that nothing in this run reads."""
+        read = OF_OBJECTIVE.get(self.sft.objective or "", ())
+        idle = {name for names in OF_OBJECTIVE.values() for name in names}.difference(read)
+        found = [f"sft.{name}" for name in _changed(self.sft) if name in idle]
+        if "rl" not in self.stages:
+            found += [f"rl.{name}" for name in _changed(self.rl)]
+        if (
+            "softmax" in _changed(self.model)
+            and self.model.softmax != self.model_settings().softmax
+        ):
+            found.append("model.softmax")
+        return found
 
     def learns_tokenizer(self) -> bool:
         """Whether semantic IDs come from an RQ-VAE."""

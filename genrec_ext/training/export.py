@@ -113,7 +113,17 @@ def load_export(folder: Path, device: str = "cpu") -> Run:
 
 def _metrics(run: Path) -> dict[str, Any] | None:
     path = run / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise checkpoint.CheckpointError(
+            f"{path}: {type(found).__name__}; expected figures and their values"
+        )
+    return found
 
 
 def _name(run: Run) -> str:
@@ -214,7 +224,7 @@ def _figures(metrics: dict[str, Any]) -> list[str]:
     split = metrics["config"].get("split", "leave-one-out")
     what = {
         "leave-one-out": "each user's last item",
-        "time": "each user's first item after the 90% quantile of all times",
+        "time": "each user's last item after the 90% quantile of all times",
     }
     rows = {"this model": metrics["test"], **metrics["baselines"]}
     lines = [

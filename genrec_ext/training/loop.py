@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for module in ("dacite", "matplotlib", "safetensors", "sklearn", "tqdm", "yaml"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is missing; run `pip install genrec-ext[train]`")
+    idle = config.without_effect()
+    if idle:
+        warnings.warn(
+            f"{', '.join(idle)}: given, but nothing in this run reads "
+            f"{'it' if len(idle) == 1 else 'them'} (objective {config.sft.objective}, stages "
+            f"{','.join(config.stages)})",
+            stacklevel=2,
+        )
     tracking.check(config.track)
     distributed.check_device(config.device)
     with (

@@ -180,6 +180,14 @@ class PrefixPairwise(Objective):
         return model.candidate_logps(state, candidates, temperature=self.config.temperature)
 
 
+_PREFIXES = ("beta", "prefix_temperature", "eta", "variant")
+OF_OBJECTIVE: dict[str, tuple[str, ...]] = {
+    "bear": ("beam_width", "beam_weight", "beam_scale"),
+    "apao-pointwise": _PREFIXES,
+    "apao-pairwise": (*_PREFIXES, "negatives", "positions"),
+}
+"""The settings of sft that one objective reads and others do not."""
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "ce": Objective,
     "msl": Objective,

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,7 +174,9 @@ def load(folder: str | Path) -> PerUser:
                 lists=lists,
                 **arrays,
             )
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, ValueError) as error:
+    except (
+        OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a readable file of users ({error})") from error

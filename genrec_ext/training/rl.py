@@ -21,10 +21,17 @@ from torch import Tensor, nn
 
 from ..decode import beam_search, sample_items
 from ..models import CompactRecommender
-from ..ops import SageConfig, SageStats, decoupled_advantages, sage_loss, token_logps
+from ..ops import (
+    SageConfig,
+    SageStats,
+    decoupled_advantages,
+    sage_loss,
+    sage_loss_from_logps,
+    token_logps,
+)
 from ..trie import Trie
 from .distributed import ALONE, Processes, Replica, load_optimizer, whole
-from .sft import NonFiniteLossError
+from .sft import NonFiniteLossError, check_finite
 
 REWARDS = ("hit", "rank", "cold", "diversity")
 ROLLOUTS = ("sample", "beam")
@@ -75,6 +82,22 @@ class RLConfig:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight must be at least 0 and finite, got {self.kl_weight}")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights must be finite, got {list(self.weights)}")
+        for name, accepted, why in (
+            ("kl_weight", 0.0, "the stage's own kl_weight counts"),
+            ("temperature", 1.0, "lists are drawn and scored at 1"),
+            ("reduction", "mean", "a step is one loss"),
+        ):
+            if getattr(self.sage, name) != accepted:
+                raise ValueError(
+                    f"sage.{name} must be {accepted!r}, as {why}; got {getattr(self.sage, name)!r}"
+                )
+        one = torch.zeros(1, 1)  # the operator knows what it accepts
+        try:
+            sage_loss_from_logps(one, one, one[0], ref_logps=one, config=self.sage)
+        except ValueError as error:
+            raise ValueError(f"sage.{error}") from error
 
 
 def rewards_of(
@@ -350,6 +373,7 @@ class SageTrainer:
                 f"the gradient's norm is {norm.item()} at rl step {self.step}", lists
             )
         self.optimizer.step()
+        check_finite(self.replica.own.parameters(), f"rl step {self.step}", lists)
         return loss.item(), stats
 
     def train_step(self) -> dict[str, float]:

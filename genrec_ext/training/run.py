@@ -66,8 +66,13 @@ def load(folder: str | Path, device: str = "cpu") -> Run:
     if not (Path(folder) / MODEL_FILE).exists() and (Path(folder) / CONFIG).exists():
         return load_export(Path(folder), device)
     content = checkpoint.load(Path(folder) / MODEL_FILE)
-    model = restored(content["model"], content["config"], content["level_sizes"], device)
-    return Run(model, model.trie(), content["item_ids"], content["titles"], content["source"])
+    try:
+        model = restored(content["model"], content["config"], content["level_sizes"], device)
+        return Run(model, model.trie(), content["item_ids"], content["titles"], content["source"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{Path(folder) / MODEL_FILE}: no model that this version knows ({error!r})"
+        ) from error
 
 
 def restored(

@@ -64,7 +64,7 @@ def save(path: Path, config: TrainConfig) -> None:
     """Writes a configuration for :func:`load`, in one step."""
     content = config.as_json()
     content["stages"] = list(config.stages)
-    content["overwrite"] = False  # who repeats a run has to say so anew
+    content["overwrite"] = content["resume"] = False  # who repeats a run has to say so anew
     checkpoint.save_text(path, _library("yaml").safe_dump(content, sort_keys=False))
 
 
@@ -119,6 +119,11 @@ def _check_names(kind: type, content: dict[str, Any], place: str) -> None:
                 f"{place}{name}: no such field; "
                 + (f"did you mean {place}{near[0]}?" if near else f"there are {', '.join(fields)}")
             )
+        written = str(fields[name].type)
+        if written.startswith("tuple") and not isinstance(value, (list, tuple)):
+            raise SettingsError(f"{place}{name}: {value!r}; expected a list")
+        if written.startswith(("int", "float")) and isinstance(value, bool):
+            raise SettingsError(f"{place}{name}: {value!r}; expected a number")
         inner = fields[name].default_factory
         if dataclasses.is_dataclass(inner):
             if not isinstance(value, dict):
@@ -136,10 +141,24 @@ def _number(value: Any) -> Any:
         return value
 
 
+_SECTIONS: tuple[tuple[str, Any], ...] = tuple(
+    (field.name, field.default_factory)
+    for field in dataclasses.fields(TrainConfig)
+    if dataclasses.is_dataclass(field.default_factory)
+)
+
+
 def _built(content: dict[str, Any]) -> TrainConfig:
     dacite = _library("dacite")
     rules = dacite.Config(cast=[tuple], type_hooks={float: _number}, strict=True)
     try:
+        for name, kind in _SECTIONS:  # by themselves first, so that errors say where they are
+            try:
+                dacite.from_dict(kind, content.get(name, {}), rules)
+            except dacite.DaciteError:
+                pass  # said below, with the whole path
+            except ValueError as error:
+                raise SettingsError(f"{name}.{error}") from error
         return dacite.from_dict(TrainConfig, content, rules)
     except dacite.MissingValueError as error:
         raise SettingsError(f"{error.field_path}: missing; expected a value") from error

@@ -7,7 +7,7 @@ file and prints nothing: whoever calls decides when to stop, validate and save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,17 @@ class NonFiniteLossError(FloatingPointError):
     def __init__(self, text: str, batch: Any) -> None:
         super().__init__(text)
         self.batch = batch
+
+
+def check_finite(parameters: Iterable[Tensor], where: str, batch: Any) -> None:
+    """After a step, whose own numbers may have been finite and its result not.
+
+    Raises:
+        NonFiniteLossError: some parameter is not finite.
+    """
+    norm = whole(nn.utils.get_total_norm([p.detach() for p in parameters]))
+    if not torch.isfinite(norm):
+        raise NonFiniteLossError(f"the weights' norm is {norm.item()} after {where}", batch)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,11 @@ class SFTConfig:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 0 < {name} < 1")
         for name in ("rate", "clip_norm", "temperature", "prefix_temperature", "beam_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0, and finite")
         for name in ("weight_decay", "beta", "eta", "beam_weight"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)}; expected 0 or more")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 0 or more, and finite")
         for name in ("average", "leave_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 0 <= {name} < 1")
@@ -446,6 +457,9 @@ class SFTTrainer:
             padded, positions = self.windows.padding(rows, stays)
             self._seen.add(parts, padded, positions)
             progress(self.step, {**parts, "padding": padded / positions})
+            if self.step % self.epoch_steps == 0:  # before anything is made of them
+                where = f"{self.stage} step {self.step - 1}"
+                check_finite(self.parameters(), where, self._batch(rows))
         return self.processes.mean(self._seen.means())
 
     def _plan(self) -> tuple[np.ndarray | None, list[np.ndarray]]:
