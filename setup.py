@@ -63,10 +63,10 @@ def find_torch():
         folders = [Path(os.environ["VIRTUAL_ENV"], "bin")] if "VIRTUAL_ENV" in os.environ else []
         folders += [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
         for folder in folders:
-            python = folder / "python"
-            if folder.parent.resolve() == own or not python.exists():
+            python = shutil.which("python", path=str(folder))
+            if python is None or folder.parent.resolve() == own:
                 continue
-            if found := torch_of(str(python)):
+            if found := torch_of(python):
                 return found
     return None
 
@@ -104,7 +104,7 @@ def tool(name):
 TORCH_DIR = find_torch()
 TORCH_VERSION, TORCH_CUDA = torch_versions(TORCH_DIR) if TORCH_DIR else (None, None)
 NVCC = find_nvcc()
-CUDA_WANTED = os.environ.get("GENREC_CUDA", "1" if TORCH_CUDA and NVCC else "0")
+CUDA_WANTED = os.environ.get("GENREC_CUDA") or ("1" if TORCH_CUDA and NVCC else "0")
 if CUDA_WANTED not in ("0", "1"):
     sys.exit(f"GENREC_CUDA={CUDA_WANTED}; expected 0 or 1")
 CUDA_WANTED = CUDA_WANTED == "1"

@@ -236,7 +236,9 @@ def _reading_options(parser: Any) -> None:
     """What :func:`genrec_ext.data.load` takes."""
     parser.add_argument("--format", help="which format (default: recognised)")
     parser.add_argument(
-        "--columns", type=_columns, help="such as user=who,item=what,time=when; or user=0,item=1"
+        "--columns",
+        type=_columns,
+        help="such as user=who,item=what,time=when; or user=0,item=1; time= for none",
     )
     parser.add_argument("--time-unit", choices=("s", "ms", "us", "ns"))
     parser.add_argument(
@@ -302,9 +304,9 @@ def _history(text: str) -> list[Any]:
         raise argparse.ArgumentTypeError(f"is no JSON list: {error}") from error
 
 
-def _columns(text: str) -> dict[str, str | int]:
+def _columns(text: str) -> dict[str, str | int | None]:
     pairs = [part.partition("=")[::2] for part in text.split(",")]
-    return {role: int(name) if name.isdecimal() else name for role, name in pairs}
+    return {role: int(name) if name.isdecimal() else name or None for role, name in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,8 +127,8 @@ def shared_data():
 def repeated_indices(loss: torch.Tensor) -> list[torch.Tensor]:
     """What a gradient is added through by an index that names a place more than once.
 
-    torch's own index adds there by several threads in no fixed order, so that the same training
-    ends in other bits; an embedding, a gather or an index_select does not.
+    On the CPU torch's own index adds there by several threads in no fixed order, so that the same
+    training ends in other bits; an embedding, a gather or an index_select does not.
     """
     found, seen, left = [], set(), [loss.grad_fn]
     while left:

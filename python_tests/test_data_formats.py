@@ -12,7 +12,7 @@ import pytest
 from builders import USERS, compressed, write, write_inter, write_lines
 
 from genrec_ext import cli
-from genrec_ext.data import FORMATS, DataError, Interactions, load, tables
+from genrec_ext.data import FORMATS, DataError, Interactions, load, moments, tables
 
 # The same interactions in every format that has times: user -> item, time; in no order.
 ROWS = [
@@ -266,6 +266,44 @@ def test_times_may_be_dates(
         np.testing.assert_allclose(sequence - start, np.array(seconds) * unit, rtol=0, atol=3e-7)
 
 
+def test_a_time_that_is_not_to_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(user, item, "03/02/2018 3:00") for user, item, _ in ROWS]
+    path = write(tmp_path / "shop.csv", delimited(rows, ",", "user,item,event_time"))
+    with pytest.raises(DataError, match="line 2 has the time '03/02/2018 3:00'"):
+        load(path)
+    data = load(path, columns={"time": None})
+    assert data.times is None
+    assert named(data) == {"ann": ["pen", "ink", "nib"], "bob": ["ink", "pen", "cap"]}
+    assert cli.main(["data", str(path), "--columns", "time="]) == 0
+    capsys.readouterr()
+    bare = write(tmp_path / "bare.csv", delimited(rows, ","))
+    positions = {"user": 0, "item": 1, "time": None}
+    assert named(load(bare, columns=positions)) == named(data)
+
+
+def test_one_moment_is_one_number_in_every_zone() -> None:
+    # Where float64 has a finer step on one side of a power of two than on the other.
+    for second in range(0, 40_000, 997):
+        start = np.datetime64(2**30 - 40_000 + second, "s")
+        there = np.datetime_as_string(start + np.timedelta64(14, "h"))
+        texts = [f"{start}.123457Z", f"{there}.123457+14:00"]
+        one, other = moments.times(texts, 1.0)
+        assert one == other
+
+
+def test_moments_of_a_split_in_other_forms() -> None:
+    want = moments.seconds("2018-01-31T12:00")
+    for text in (
+        "2018-01-31T12",
+        "2018-01-31 12",
+        "2018-01-31t12:00",
+        "2018-01-31T12:00:00.000+00",
+    ):
+        assert moments.seconds(text) == want
+    with pytest.raises(ValueError, match="'2018-02-30' is no moment"):
+        moments.seconds("2018-02-30")
+
+
 def test_numbers_and_dates_in_one_column(tmp_path: Path) -> None:
     rows = [("ann", "a", "1970-01-01T00:00:02Z"), ("ann", "b", "1000"), ("ann", "c", "3e3")]
     data = load(write(tmp_path / "shop.csv", delimited(rows, ",", "user,item,ts")), time_unit="ms")
@@ -304,6 +342,17 @@ def test_the_first_line_tells_the_separator(tmp_path: Path, separator: str, name
     assert named(data) == ORDER
     bare = write(tmp_path / "bare.csv", delimited(ROWS, separator))
     assert named(load(bare, columns={"user": 0, "item": 1, "time": 2})) == ORDER
+
+
+def test_the_separator_is_what_the_first_line_has_most_of(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", delimited(ROWS, "\t", "user\titem\ttime") + "ann\tx;y\t40\n")
+    assert named(load(path))["ann"][-1] == "x;y"
+    bare = write(tmp_path / "b.csv", "ann\tx;y\t3\nann\tz\t4\nann\tz\t5\n")
+    data = load(bare, columns={"user": 0, "item": 1, "time": 2})
+    assert named(data) == {"ann": ["x;y", "z", "z"]}
+    four = write(tmp_path / "c.csv", "a;b;5;123\na;c;5;124\na;d;5;125\n")
+    with pytest.raises(DataError, match="no column for the user among a, b, 5, 123; expected col"):
+        load(four)
 
 
 def test_commas_and_tabs_come_before_other_separators(tmp_path: Path) -> None:

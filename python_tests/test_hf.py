@@ -493,7 +493,7 @@ def test_settings_that_generate_would_heed_are_refused():
 
     cases = (
         ({"trie": None}, "trie is None"),
-        ({"sid_beams": 0}, "sid_beams must be an integer of at least 1, got 0"),
+        ({"sid_beams": 0}, "sid_beams must be at least 1, got 0"),
         ({"num_beams": 4}, "num_beams must be 1: sid_beams sets the number of beams; got 4"),
         ({"do_sample": True}, "do_sample must be False"),
         ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences must be 1"),
@@ -560,19 +560,26 @@ def test_kinds_of_models_that_the_tree_does_not_fit_are_refused(kind, text):
         hf.beam_search_hf(model.eval(), catalogue(1, N=20, L=3), 2, **prompts(1))
 
 
-@pytest.mark.parametrize("limit, refused", ((6, False), (7, True), (8, True), (9, False)))
-def test_items_across_a_change_of_rotary_embeddings_are_refused(limit, refused):
-    trie, given = catalogue(1, N=20, L=3), prompts(1)  # 7 tokens, and 2 of the item are read
+@pytest.mark.parametrize("own", ("mask", "positions"))
+@pytest.mark.parametrize("limit, refused", ((4, False), (5, True), (6, True), (7, False)))
+def test_items_across_a_change_of_rotary_embeddings_are_refused(limit, refused, own):
+    # 5 tokens behind padding, and 2 of the item's 3 are read.
+    trie, given = catalogue(1, N=20, L=3), prompts(1)
+    given["attention_mask"][:] = torch.tensor([0, 0, 1, 1, 1, 1, 1])
+    if own == "positions":
+        given = {
+            "input_ids": given["input_ids"][:, 2:], "position_ids": torch.arange(5).expand(3, 5),
+        }  # fmt: skip
     model = copy.deepcopy(tiny("llama"))
-    model.config.rope_parameters = {
-        "rope_type": "longrope", "original_max_position_embeddings": limit,
-    }  # fmt: skip
-    if refused:
-        text = rf"7 tokens and 3 of an item must not go beyond {limit}, .*\(longrope\) change"
-        with pytest.raises(ValueError, match=text):
-            hf.beam_search_hf(model, trie, 2, **given)
-    else:
-        assert (hf.beam_search_hf(model, trie, 2, **given).items >= 0).all()
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": limit}
+    for parameters in (rope, {"full_attention": {"rope_type": "default"}, "other": rope}):
+        model.config.rope_parameters = parameters
+        if refused:
+            text = rf"5 positions and 3 tokens of an item must not go beyond {limit}, .*longrope"
+            with pytest.raises(ValueError, match=text):
+                hf.beam_search_hf(model, trie, 2, **given)
+        else:
+            assert (hf.beam_search_hf(model, trie, 2, **given).items >= 0).all()
 
 
 def assert_same_found(got, want):
@@ -616,6 +623,17 @@ def adapted(model, family):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval(), copy.deepcopy(model).merge_and_unload().eval()
+
+
+def test_adapters_that_are_not_in_the_layers_alone_are_refused():
+    peft = pytest.importorskip("peft")
+    trie, given = catalogue(0, N=20, L=3), prompts(2)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[2]
+    )
+    model = peft.get_peft_model(copy.deepcopy(tiny("llama")), config).eval()
+    with pytest.raises(ValueError, match="PEFT's aLoRA adapts by what its own forward pass"):
+        hf.beam_search_hf(model, trie, 4, **given)
 
 
 @pytest.mark.parametrize("through", ("generate", "search"))
@@ -701,7 +719,7 @@ def test_arguments_that_do_not_fit_are_refused():
     live = genrec_ext.LiveTrie(trie)
     with pytest.raises(ValueError, match=r"trie must be a genrec_ext.Trie, got LiveTrie .*current"):
         hf.beam_search_hf(model, live, 2, ids, mask)
-    with pytest.raises(ValueError, match=r"sid_beams must be an integer of at least 1, got 3\.0"):
+    with pytest.raises(ValueError, match=r"sid_beams must be an integer, got 3\.0"):
         model.generate(
             ids, custom_generate=hf.sid_beam_search, trie=trie, sid_beams=3.0, max_new_tokens=3
         )

@@ -625,7 +625,7 @@ def test_rotary_embeddings_that_change_within_an_item_are_refused():
     model, (codes, _) = copy.deepcopy(tiny("llama")), catalogue()
     given = read_only(model, examples(codes, 3))
     drawn = CandidateSampler(codes, negatives=9).draw(torch.tensor([0, 7, 7]), seed=2)
-    S = given["input_ids"].shape[1]
+    S = int(given["attention_mask"].sum(1).max())
     model.config.rope_parameters = {"rope_type": "dynamic"}
     model.config.max_position_embeddings = S + L - 1
     hf.sid_pairwise_logps(model, drawn, **given, offsets=OFFSETS)

@@ -721,6 +721,13 @@ def test_surgery_of_halves_whose_products_overflow(ours, mode):
     assert torch.allclose(found.float(), want, atol=32)  # a unit in the last place of 3e4 is 16
 
 
+def test_surgery_keeps_the_gradients_digits(ours):
+    params = [torch.zeros(2, dtype=torch.bfloat16)]
+    g, t = torch.tensor([1.0001, -1.0]), torch.tensor([0.0, 2.0])
+    (found,) = ours.gradient_surgery(params, [g], [t], 0.0)
+    assert found.dtype == torch.float32 and found.tolist() == [g[0].item(), 0.0]
+
+
 @pytest.mark.parametrize("scale", (1e-30, 1.0, 1e30))
 def test_the_definition_of_surgery_projects_at_any_scale(scale):
     g = scale * torch.tensor([1.0, -1.0])

@@ -764,6 +764,7 @@ def test_errors_name_the_row_among_all_vectors() -> None:
 def test_capacities_are_integers() -> None:
     with pytest.raises(ValueError, match=r"capacity must be an integer of at least 2.* got 2.5"):
         genrec_ext.balanced_kmeans(torch.randn(4, 2), 2, capacity=2.5)  # type: ignore[arg-type]
+    assert len(genrec_ext.balanced_kmeans(torch.randn(4, 2), 2, capacity=np.int64(3))[1]) == 4
 
 
 def test_texts_of_stop_words_alone() -> None:

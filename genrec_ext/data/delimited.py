@@ -27,13 +27,16 @@ _GENRES = (
 )  # fmt: skip
 
 
+def usual_separator(path: Path) -> str:
+    """By the name: tabs in ``.tsv``, commas else."""
+    return "\t" if ".tsv" in path.suffixes else ","
+
+
 def separator_of(path: Path) -> str:
-    """Tabs in ``.tsv``, commas else; what a first line without one of these has of ``; \\t |``."""
-    usual = "\t" if ".tsv" in path.suffixes else ","
+    """The usual one, where the first line has it; else what that has most of."""
+    usual = usual_separator(path)
     _, first = next(lines(path), (1, ""))
-    if usual in first:
-        return usual
-    return next((other for other in ",;\t|" if other in first), usual)
+    return usual if usual in first else max(usual + "\t;|,", key=first.count)
 
 
 def header_of(path: Path, separator: str, quoted: bool) -> list[str]:
@@ -70,6 +73,8 @@ def _by_position(path: Path, first: Sequence[str], reading: Reading, separator: 
     names = [str(place) for place in range(width)]
     chosen = {}
     for role, place in (reading.columns or {}).items():
+        if place is None and role in ("time", "rating"):
+            continue
         if not isinstance(place, int) or not 0 <= place < width:
             raise DataError(
                 f"{path}: columns has {place!r} as {role}; expected positions from 0 to "

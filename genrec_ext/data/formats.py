@@ -75,7 +75,7 @@ def load(
     index: str | None = None,
     seed: int = 0,
     min_interactions: int = 3,
-    columns: Mapping[str, str | int] | None = None,
+    columns: Mapping[str, str | int | None] | None = None,
     time_unit: str | None = None,
     malformed: str = "error",
     duplicates: str = "keep",
@@ -183,14 +183,14 @@ def load(
     )
 
 
-def _has_positions(columns: Mapping[str, str | int] | None) -> bool:
+def _has_positions(columns: Mapping[str, str | int | None] | None) -> bool:
     return any(isinstance(place, int) for place in (columns or {}).values())
 
 
 def _check_options(
     path: Path,
     entry: Format,
-    columns: Mapping[str, str | int] | None,
+    columns: Mapping[str, str | int | None] | None,
     index: str | None,
     min_rating: float | None,
 ) -> None:
@@ -300,7 +300,8 @@ def _recognise(path: Path, positions: bool) -> str:
     if name.endswith((".csv", ".tsv")):
         if positions:
             return "csv"
-        first = delimited.header_of(path, delimited.separator_of(path), True)
+        # The next two kinds have none but the usual separator.
+        first = delimited.header_of(path, delimited.usual_separator(path), True)
         if all(column in first for column in histories.MINIONEREC):
             return "minionerec"
         return "amazon-ratings" if delimited.is_amazon_ratings(first) else "csv"

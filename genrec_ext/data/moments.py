@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 import numpy as np
 
-from .text_files import numbers
+from .text_files import number, numbers
 
 _ISO = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
@@ -19,10 +20,11 @@ _ISO = re.compile(
     r"(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)(?:(?<=\.[0-9]{6})[0-9]{1,3})?)?"
     r"(?: ?(Z|UTC|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?))?"
 )
+_NONE = np.iinfo(np.int64).min  # NumPy's not-a-time
 
 
 def seconds(moment: float | str) -> float:
-    """Seconds since 1970 of a number or a date.
+    """Seconds since 1970 of a number or a date; of one in any form that Python reads.
 
     >>> seconds("1970-01-02"), seconds("1970-01-01T01:00+01:00"), seconds("3"), seconds(3)
     (86400.0, 0.0, 3.0, 3.0)
@@ -33,12 +35,16 @@ def seconds(moment: float | str) -> float:
         return float(moment)
     except ValueError:
         pass
-    found = _dates([moment])
-    if found is None:
+    found = float(seconds_or_nan([moment], 1.0)[0])
+    if found == found:
+        return found
+    try:
+        date = datetime.fromisoformat(moment)
+    except ValueError as error:
         raise ValueError(
             f"{moment!r} is no moment; expected seconds since 1970 or a date like 2018-01-31"
-        )
-    return float(found[0])
+        ) from error
+    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def times(texts: Sequence[str], units: float) -> np.ndarray | None:
@@ -51,42 +57,48 @@ def times(texts: Sequence[str], units: float) -> np.ndarray | None:
     values = numbers(texts)
     if values is not None:
         return values / units
-    values = _dates(texts)
-    if values is not None or len(texts) < 2:
-        return values
-    each = []
-    for text in texts:
-        value = times([text], units)
-        if value is None:
-            return None
-        each.append(value)
-    return np.concatenate(each)
+    values = seconds_or_nan(texts, units)
+    return None if np.isnan(values).any() else values
 
 
-def _dates(texts: Sequence[str]) -> np.ndarray | None:
-    """All as seconds since 1970, or None where one of them is no date that exists."""
-    parts = []
-    for text in texts:
+def seconds_or_nan(texts: Sequence[str], units: float) -> np.ndarray:
+    """Each as seconds since 1970, NaN for what is neither a finite number nor a date."""
+    values = np.full(len(texts), np.nan)
+    places, days, zones = [], [], []
+    for place, text in enumerate(texts):
         match = _ISO.fullmatch(text)
-        if match is None:
-            return None
-        parts.append(match.groups())
-    written = [day if clock is None else f"{day}T{clock}" for day, clock, _ in parts]
-    try:
-        moments = np.array(written, dtype="datetime64[us]")
-    except ValueError:  # the 30th of February
-        return None
-    values = moments.astype(np.int64) / 1e6
-    zones = [zone for _, _, zone in parts]
-    offsets = {zone: _offset(zone) for zone in set(zones)}
-    if any(offsets.values()):
-        values -= np.array([offsets[zone] for zone in zones])
+        if match is not None:
+            day, clock, zone = match.groups()
+            places.append(place)
+            days.append(day if clock is None else f"{day}T{clock}")
+            zones.append(zone)
+            continue
+        value = number(text)
+        if value is not None:
+            values[place] = value / units
+    if places:
+        moments = _microseconds(days)
+        offsets = {zone: _offset(zone) for zone in set(zones)}
+        if any(offsets.values()):  # as integers, so that one moment is one number in every zone
+            shifts = np.array([offsets[zone] for zone in zones])
+            moments = np.where(moments == _NONE, _NONE, moments - shifts)
+        values[places] = np.where(moments == _NONE, np.nan, moments / 1e6)
     return values
 
 
+def _microseconds(days: list[str]) -> np.ndarray:
+    """int64, `_NONE` where there is no such day or time of day."""
+    try:
+        return np.array(days, dtype="datetime64[us]").astype(np.int64)
+    except ValueError:  # the 30th of February
+        if len(days) == 1:
+            return np.array([_NONE])
+        return np.concatenate([_microseconds([day]) for day in days])
+
+
 def _offset(zone: str | None) -> int:
-    """Seconds that a zone's clocks are ahead of UTC."""
+    """Microseconds that a zone's clocks are ahead of UTC."""
     if zone is None or zone in ("Z", "UTC"):
         return 0
     minutes = int(zone[1:3]) * 60 + int(zone[-2:] if len(zone) > 3 else 0)
-    return (60 if zone[0] == "+" else -60) * minutes
+    return (60_000_000 if zone[0] == "+" else -60_000_000) * minutes

@@ -35,9 +35,9 @@ _NAMES = {
         "asin",
         "movieid",
         "productid",
-        "articleid",
         "iid",
         "sku",
+        "articleid",
     ),
     "time": ("timestamp", "time", "unixreviewtime", "ts", "datetime", "date", "eventtime", "tdat"),
     "rating": ("rating", "overall", "stars", "score"),
@@ -68,7 +68,7 @@ class Reading:
 
     log: Log
     tally: Tally
-    columns: Mapping[str, str | int] | None
+    columns: Mapping[str, str | int | None] | None
     time_unit: str | None
     min_rating: float | None
     index: str | None
@@ -118,8 +118,8 @@ def is_header(role: str, name: str) -> bool:
 def role_positions(path: Path, names: Sequence[str], reading: Reading) -> dict[str, int]:
     """Which column is the user, the item, the time and the rating.
 
-    `columns=` decides for the roles that it names; the others go by common headers. The rating is
-    left out where nobody asks for it.
+    `columns=` decides for the roles that it names, None for a time or rating that is not to be
+    read; the others go by common headers. The rating is left out where nobody asks for it.
 
     Raises:
         DataError: a role that is needed has no column.
@@ -130,6 +130,8 @@ def role_positions(path: Path, names: Sequence[str], reading: Reading) -> dict[s
     for role, known in _NAMES.items():
         if role in given:
             wanted = given[role]
+            if wanted is None and role in ("time", "rating"):
+                continue
             stripped = [name.strip() for name in names]
             if isinstance(wanted, int) or wanted not in stripped:
                 raise DataError(

@@ -192,14 +192,12 @@ def _seconds(column: Any, units: float) -> np.ndarray:
     """Of numbers of units, and of text: numbers, or dates."""
     polars = import_polars()
     values = _floats(column.cast(polars.Float64, strict=False)) / units
-    if column.dtype != polars.String or np.isfinite(values).all():
-        return values
-    texts = column.fill_null("").to_list()
-    found = moments.times(texts, units)
-    if found is None:
-        each = [moments.times([text], units) for text in texts]
-        found = np.array([np.nan if one is None else one[0] for one in each])
-    return found
+    if column.dtype == polars.String:
+        other = ~np.isfinite(values)
+        if other.any():
+            texts = column.filter(other).fill_null("").to_list()
+            values[other] = moments.seconds_or_nan(texts, units)
+    return values
 
 
 def _plain(column: Any) -> bool:

@@ -11,6 +11,7 @@ searches instead.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -43,8 +44,8 @@ _NORMALISERS = ("vocab", "level", "children")
 _PLACES_ARE_POSITIONS = ("gpt_neo",)
 _OWN_MASKS = ("xlm", "flaubert")
 _COUNT_FROM_PADDING = (
-    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
-    "xlm-roberta-xl",
+    "camembert", "data2vec-text", "kosmos_2_5_text_model", "kosmos_2_text_model", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 
 
@@ -134,13 +135,18 @@ def sid_beam_search(
     """
     if trie is None:
         raise ValueError("trie is None: give generate(..., trie=) a genrec_ext.Trie")
-    if not isinstance(sid_beams, int) or sid_beams < 1:
-        raise ValueError(f"sid_beams must be an integer of at least 1, got {sid_beams}")
+    try:
+        sid_beams = operator.index(sid_beams)
+    except TypeError:
+        raise ValueError(f"sid_beams must be an integer, got {sid_beams}") from None
+    if sid_beams < 1:
+        raise ValueError(f"sid_beams must be at least 1, got {sid_beams}")
     prepare = vars(model).get("prepare_inputs_for_generation")
     if getattr(prepare, "__self__", model) is not model:  # PEFT's
         raise ValueError(
-            f"{type(prepare.__self__).__name__} puts tokens before the prompt (prompt or prefix "
-            "tuning), which the search does not see; expected adapters of layers, such as LoRA"
+            f"prepare_inputs_for_generation is {type(prepare.__self__).__name__}'s, as where PEFT "
+            "puts tokens before the prompt (prompt or prefix tuning), which the search does not "
+            "see; expected adapters of layers, such as LoRA"
         )
     config = generation_config
     for name, accepted, instead in (
@@ -479,30 +485,31 @@ def _check_model(model: Any) -> None:
         )
 
 
-def check_rope(model: Any, prompt: int, levels: int, exact: bool = False) -> None:
-    """Refuses items across the length at which rotary embeddings change for all positions: the
+def check_rope(model: Any, position_ids: Tensor, levels: int, exact: bool = False) -> None:
+    """Refuses items across the position at which rotary embeddings change for all positions: the
     prompt's keys stay as they were computed.
 
     ``generate`` keeps them too where the embeddings change with every length ("dynamic"), so that
     only those who want what teacher forcing gives (``exact``) are told.
     """
     text = model.config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    longest = prompt + levels - 1
-    limit: int
-    if kind == "longrope":
-        own = getattr(text, "original_max_position_embeddings", longest)
-        limit = rope.get("original_max_position_embeddings", own)
-        change = prompt <= limit < longest
-    else:
-        limit = text.max_position_embeddings if exact and kind == "dynamic" else longest
-        change = limit < longest
-    if change:
-        raise ValueError(
-            f"prompts of {prompt} tokens and {levels} of an item must not go beyond {limit}, where "
-            f"the model's rotary embeddings ({kind}) change for the prompt too"
-        )
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # One for all layers, or one for each kind of them.
+    ropes = [x for x in given.values() if isinstance(x, dict)] or [given]
+    for rope in ropes:
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in ("longrope", "dynamic") or (kind == "dynamic" and not exact):
+            continue
+        limit = text.max_position_embeddings
+        if kind == "longrope":
+            own = getattr(text, "original_max_position_embeddings", None)
+            limit = rope.get("original_max_position_embeddings") or own or limit
+        prompt = int(position_ids.max()) + 1  # waits for the device, for these models alone
+        if limit < prompt + levels - 1 and (kind == "dynamic" or prompt <= limit):
+            raise ValueError(
+                f"prompts of {prompt} positions and {levels} tokens of an item must not go beyond "
+                f"{limit}, where the model's rotary embeddings ({kind}) change for the prompt too"
+            )
 
 
 def _columns_of(model: Any) -> int:
@@ -648,7 +655,6 @@ def _causal_step(
     shape, device = next(iter(prompt.values())).shape[:2], next(iter(prompt.values())).device
     if not shape[1]:
         raise ValueError("input_ids must have at least one token a prompt, got none")
-    check_rope(model, shape[1], trie.levels)
     if attention_mask is None:
         real = torch.ones(shape, dtype=torch.bool, device=device)
     else:
@@ -661,6 +667,7 @@ def _causal_step(
         position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
     if position_ids.dim() != 2:
         raise ValueError(f"position_ids must have shape [U, P], got {list(position_ids.shape)}")
+    check_rope(model, position_ids, trie.levels)
     last = position_ids[:, -1:].expand(len(real), 1)
     tree = _Tree(real, model.dtype)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers

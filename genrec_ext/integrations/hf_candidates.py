@@ -638,7 +638,6 @@ def _causal_logits(
     _check_users(next(iter(given)), B, len(tree.tokens))
     if not S:
         raise ValueError("input_ids must have at least one token a prompt, got none")
-    check_rope(model, S, tree.levels, exact=True)
     if attention_mask is None:
         real = torch.ones(B, S, dtype=torch.bool, device=prompt.device)
     else:
@@ -648,6 +647,7 @@ def _causal_logits(
         if real.device.type == "cpu" and not bool(real[:, -1].all()):
             raise ValueError("attention_mask must be 1 in its last column: pad prompts on the left")
     position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
+    check_rope(model, position_ids, tree.levels, exact=True)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     shared = with_cache(model, cache)
     first = model(

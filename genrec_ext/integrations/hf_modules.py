@@ -19,16 +19,25 @@ def plain(model: Any) -> Any:
     around the forward pass, which would call the original.
 
     Raises:
-        ValueError: a PEFT method whose tokens go before the prompt.
+        ValueError: a PEFT method whose tokens go before the prompt, or which is not in the layers
+            alone; or a wrapper for data parallelism, whose gradients would not be shared.
     """
     if "_orig_mod" in getattr(model, "_modules", {}):  # torch.compile's
         return plain(model._orig_mod)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("the model must not be wrapped for data parallelism: give model.module")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         method = model.active_peft_config
+        kind = str(getattr(method.peft_type, "value", method.peft_type))
+        if kind == "XLORA" or getattr(method, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"PEFT's {'aLoRA' if kind != 'XLORA' else 'X-LoRA'} adapts by what its own forward "
+                "pass is given; expected adapters that stay in the layers, such as LoRA"
+            )
         if method.is_prompt_learning:
             raise ValueError(
-                f"PEFT's {getattr(method.peft_type, 'value', method.peft_type)} puts tokens before "
-                "the prompt, which a search does not see; expected adapters of layers, such as LoRA"
+                f"PEFT's {kind} puts tokens before the prompt, which a search does not see; "
+                "expected adapters of layers, such as LoRA"
             )
         return plain(model.get_base_model())
     if "_original_forward" not in vars(model):

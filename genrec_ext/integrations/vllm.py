@@ -93,7 +93,10 @@ class _OnTrie:
     def _start(self, device: torch.device) -> None:
         self._tries = {name: trie.to(device) for name, trie in load_tries().items()}
         self._largest = {
-            name: max(int(trie.labels(level).max()) for level in range(trie.levels))
+            name: max(
+                (int(trie.labels(t).max()) for t in range(trie.levels) if len(trie.labels(t))),
+                default=-1,
+            )
             for name, trie in load_tries().items()
         }
 

@@ -84,8 +84,11 @@ class HistoryBlock(nn.Module):
             .view(B, T, 3, self.heads, d // self.heads)
             .permute(2, 0, 3, 1, 4)
         )
-        # Not by an index, whose gradient adds in no fixed order.
-        bias = self.distance_bias.gather(1, distance.flatten().expand(self.heads, -1))
+        # On the CPU an index adds its gradient up in no fixed order, on a GPU a gather does.
+        if x.device.type == "cpu":
+            bias = self.distance_bias.gather(1, distance.flatten().expand(self.heads, -1))
+        else:
+            bias = self.distance_bias[:, distance]
         found = F.scaled_dot_product_attention(
             query, key, value, attn_mask=blocked + bias.view(self.heads, T, T)
         )

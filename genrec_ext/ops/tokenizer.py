@@ -375,7 +375,7 @@ def gradient_surgery(
     )
     if not g:
         return []
-    dtypes = [p.dtype for p in params]
+    dtypes = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(g, t, strict=True)]
     # In half precision a product of two gradients may be beyond all numbers.
     g, t = ([x.float() if x.dtype in _HALVES else x for x in part] for part in (g, t))
     if mode == "projection":

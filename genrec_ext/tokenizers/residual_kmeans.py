@@ -287,11 +287,12 @@ def balanced_kmeans(
     start = ResidualKMeans(1, codebook_size, seed, iterations)  # its checks
     least = -(-len(vectors) // codebook_size)
     capacity = least if capacity is None else capacity
-    if not isinstance(capacity, int) or capacity < least:
+    if not hasattr(capacity, "__index__") or capacity < least:
         raise ValueError(
             f"capacity must be an integer of at least {least}, as {codebook_size} centroids take "
             f"{len(vectors)} vectors, got {capacity}"
         )
+    capacity = operator.index(capacity)
     generator = torch.Generator().manual_seed(start.seed)
     centroids, codes = _kmeans(vectors, codebook_size, iterations, generator, _silent)
     return _balanced(vectors, centroids, codes, capacity, iterations, generator, _silent)
