@@ -43,6 +43,7 @@ def test_values_have_the_fields_types():
         (["sft.rate=-1"], r"sft\.rate: -1\.0; expected more than 0"),
         (["sft.rate=.inf"], r"sft\.rate: inf; expected more than 0, and finite"),
         (["sft.weight_decay=.nan"], r"sft\.weight_decay: nan; expected 0 or more"),
+        (["sft.clip_norm=0"], r"sft\.clip_norm: 0\.0; expected more than 0"),
         (["rl.users=0"], r"rl\.users must be at least 1, got 0"),
         (["rl.weights=[.nan, 1, 1, 1]"], r"rl\.weights must be finite"),
         (["rl.weights=5"], r"rl\.weights: 5; expected a list"),
@@ -91,6 +92,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     again = settings.load(tmp_path / "c.yaml")
     # The objective decides on the model's softmax, and that is what is written down.
     assert again.model == config.model_settings() and again.as_json() == config.as_json()
+
+
+def test_gradients_may_stay_as_they_are():
+    assert settings.load(overrides=["out=x", "sft.clip_norm=.inf"]).sft.clip_norm == float("inf")
 
 
 def test_what_is_saved_says_nothing_of_going_on(tmp_path):

@@ -121,7 +121,9 @@ class SFTConfig:
         for name in ("warmup", "horizon_decay"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 0 < {name} < 1")
-        for name in ("rate", "clip_norm", "temperature", "prefix_temperature", "beam_scale"):
+        if not self.clip_norm > 0:  # infinite: gradients as they are
+            raise ValueError(f"clip_norm: {self.clip_norm}; expected more than 0")
+        for name in ("rate", "temperature", "prefix_temperature", "beam_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0, and finite")
         for name in ("weight_decay", "beta", "eta", "beam_weight"):
