@@ -660,7 +660,9 @@ sage = Told(
     rollout_func=sample_rollout(TRIE),
 )
 sage.train()
-print("weights", sum(p.double().sum().item() for p in sage.model.parameters()))
+print("weights", sum(p.double().sum().item() for p in sage.model.parameters()), flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
