@@ -20,7 +20,6 @@ _ISO = re.compile(
     r"(?:[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)(?:(?<=\.[0-9]{6})[0-9]{1,3})?)?"
     r"(?: ?(Z|UTC|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?))?"
 )
-_NONE = np.iinfo(np.int64).min  # NumPy's not-a-time
 
 
 def seconds(moment: float | str) -> float:
@@ -77,23 +76,22 @@ def seconds_or_nan(texts: Sequence[str], units: float) -> np.ndarray:
         if value is not None:
             values[place] = value / units
     if places:
-        moments = _microseconds(days)
+        since = _days(days) - np.datetime64(0, "us")
         offsets = {zone: _offset(zone) for zone in set(zones)}
-        if any(offsets.values()):  # as integers, so that one moment is one number in every zone
-            shifts = np.array([offsets[zone] for zone in zones])
-            moments = np.where(moments == _NONE, _NONE, moments - shifts)
-        values[places] = np.where(moments == _NONE, np.nan, moments / 1e6)
+        if any(offsets.values()):  # in microseconds: one moment is one number in every zone
+            since = since - np.array([offsets[zone] for zone in zones], dtype="timedelta64[us]")
+        values[places] = since / np.timedelta64(1, "us") / 1e6
     return values
 
 
-def _microseconds(days: list[str]) -> np.ndarray:
-    """int64, `_NONE` where there is no such day or time of day."""
+def _days(texts: list[str]) -> np.ndarray:
+    """datetime64, not-a-time where there is no such day or time of day."""
     try:
-        return np.array(days, dtype="datetime64[us]").astype(np.int64)
+        return np.array(texts, dtype="datetime64[us]")
     except ValueError:  # the 30th of February
-        if len(days) == 1:
-            return np.array([_NONE])
-        return np.concatenate([_microseconds([day]) for day in days])
+        if len(texts) == 1:
+            return np.array(["NaT"], dtype="datetime64[us]")
+        return np.concatenate([_days([text]) for text in texts])
 
 
 def _offset(zone: str | None) -> int:

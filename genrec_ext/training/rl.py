@@ -373,7 +373,7 @@ class SageTrainer:
                 f"the gradient's norm is {norm.item()} at rl step {self.step}", lists
             )
         self.optimizer.step()
-        check_finite(self.replica.own.parameters(), f"rl step {self.step}", lists)
+        check_finite(self.replica.own.parameters(), f"rl step {self.step}", lambda: lists)
         return loss.item(), stats
 
     def train_step(self) -> dict[str, float]:

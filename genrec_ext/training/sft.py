@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,16 @@ class NonFiniteLossError(FloatingPointError):
         self.batch = batch
 
 
-def check_finite(parameters: Iterable[Tensor], where: str, batch: Any) -> None:
-    """After a step, whose own numbers may have been finite and its result not.
+def check_finite(parameters: Iterable[Tensor], where: str, batch: Callable[[], Any]) -> None:
+    """After a step, whose own numbers may have been finite and its result not; `batch()` is asked
+    for where that is so.
 
     Raises:
         NonFiniteLossError: some parameter is not finite.
     """
     norm = whole(nn.utils.get_total_norm([p.detach() for p in parameters]))
     if not torch.isfinite(norm):
-        raise NonFiniteLossError(f"the weights' norm is {norm.item()} after {where}", batch)
+        raise NonFiniteLossError(f"the weights' norm is {norm.item()} after {where}", batch())
 
 
 @dataclass(frozen=True)
@@ -461,7 +463,7 @@ class SFTTrainer:
             progress(self.step, {**parts, "padding": padded / positions})
             if self.step % self.epoch_steps == 0:  # before anything is made of them
                 where = f"{self.stage} step {self.step - 1}"
-                check_finite(self.parameters(), where, self._batch(rows))
+                check_finite(self.parameters(), where, partial(self._batch, rows))
         return self.processes.mean(self._seen.means())
 
     def _plan(self) -> tuple[np.ndarray | None, list[np.ndarray]]:
